@@ -1,0 +1,132 @@
+"""Hydra composes the values of a run: recipes/ and the command line in, a frozen `RunConfig` out.
+
+The only file that knows Hydra. Its compose API is used rather than `hydra.main`, so that Hydra makes no folders (least
+of all one per rank), leaves logging alone, and every mistake comes out as one `ConfigError`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from moba_train.config.schema import ConfigError, RunConfig, from_dict, to_dict, unknown_key
+
+__all__ = ["RECIPES", "compose", "group_options", "run_command_line"]
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+_FLAGS = {"--help", "-h", "--cfg"}
+
+
+def compose(overrides: Sequence[str] = ()) -> RunConfig:
+    """The run described by `recipes/config.yaml` and `overrides` in Hydra's grammar. Raises ConfigError."""
+    return from_dict(_values(overrides))
+
+
+def group_options(group: str) -> list[str]:
+    """Names to choose from in a config group, such as 'recipe' or 'model'."""
+    return sorted(path.name.removesuffix(".yaml") for path in (RECIPES / group).glob("*.yaml"))
+
+
+def run_command_line(action: Callable[[RunConfig], int], doc: str, arguments: Sequence[str] | None = None) -> int:
+    """What a launch script does: `--help`, `--cfg job`, or compose and `action(config)`. Returns the exit code.
+
+    A ConfigError is printed as one message, by the first process only, and exits 2.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    first_process = int(os.environ.get("RANK", "0")) == 0
+    try:
+        if "--help" in arguments or "-h" in arguments:
+            print(_help(doc))
+            return 0
+        if "--cfg" in arguments:
+            at = arguments.index("--cfg")
+            if arguments[at + 1 : at + 2] != ["job"]:
+                raise ConfigError("--cfg", " ".join(arguments[at + 1 : at + 2]), "write --cfg job")
+            print(OmegaConf.to_yaml(OmegaConf.create(_values(arguments[:at] + arguments[at + 2 :]))), end="")
+            return 0
+        return action(compose(arguments))
+    except ConfigError as error:
+        if first_process:
+            print(f"Configuration error: {error}", file=sys.stderr)
+        return 2
+
+
+def _values(overrides: Sequence[str]) -> dict[str, Any]:
+    ConfigStore.instance().store(name="schema", node=OmegaConf.create(to_dict(RunConfig())))
+    try:
+        with initialize_config_dir(str(RECIPES), version_base="1.3"):
+            config = hydra_compose("config", overrides=[_without_sweep(override) for override in overrides])
+            values = OmegaConf.to_container(config, resolve=True)
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise _explain(error, overrides) from None
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
+def _without_sweep(override: str) -> str:
+    """Hydra takes `a=x,y` for a sweep; nothing sweeps here, and attention.pattern=moba*3,full should need no quotes."""
+    key, _, value = override.partition("=")
+    return f'{key}="{value}"' if "," in value and value[0] not in "[{(\"'" else override
+
+
+def _explain(error: Exception, overrides: Sequence[str]) -> ConfigError:
+    """Hydra's errors in our words: which override, and what would work instead."""
+    text = str(error).splitlines()[0]
+    if isinstance(error, OverrideParseException):
+        return ConfigError(*_split(error.override), f"not in key=value form ({text})")
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
+        return ConfigError(
+            group or "recipe", name, f"no such {group or 'file'}; choose {', '.join(group_options(group))}"
+        )
+    match = re.search(r"Could not (?:override|append to config|find a match for)[^']*'([^']+)'", text)
+    if match:
+        key, value = _split(
+            match[1] if "=" in match[1] else next((o for o in overrides if o.startswith(match[1])), match[1])
+        )
+        return unknown_key(key, value, _known_names(key))
+    return ConfigError("overrides", " ".join(overrides), text)
+
+
+def _split(override: str) -> tuple[str, str]:
+    key, _, value = override.partition("=")
+    return key.lstrip("+~"), value
+
+
+def _known_names(key: str) -> list[str]:
+    section: Any = to_dict(RunConfig())
+    for part in key.split(".")[:-1]:
+        section = section.get(part, {}) if isinstance(section, dict) else {}
+    return list(section or {})
+
+
+def _help(doc: str) -> str:
+    groups = [
+        f"  {group + '=':<12}{' | '.join(group_options(group))}" for group in ("recipe", "model", "attention", "optim")
+    ]
+    keys = [f"  {line}" for line in OmegaConf.to_yaml(OmegaConf.create(to_dict(RunConfig()))).splitlines()]
+    return "\n".join(
+        [
+            doc.strip(),
+            "",
+            "Choose (files in recipes/):",
+            *groups,
+            "",
+            "Any key can be overridden as key=value (a.b=c for nested ones). Defaults before the recipe's values:",
+            *keys,
+            "",
+            "  --cfg job   print the resolved configuration and exit",
+            "  dry_run=true world_size=64   check, print plan, layout, FLOPs and memory, and exit",
+        ]
+    )

@@ -1,0 +1,253 @@
+"""What a run can be told: frozen dataclasses with types and defaults, and `ConfigError`.
+
+Standard library only. Hydra composes the values (compose.py), `from_dict` here turns them into a `RunConfig` and
+refuses unknown keys and wrong types, validate.py refuses combinations that cannot work.
+Invariant: a `RunConfig` is never changed after it was built.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = [
+    "AttentionConfig",
+    "CheckpointConfig",
+    "ConfigError",
+    "DataConfig",
+    "MetricsConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "ParallelConfig",
+    "RopeScaling",
+    "RunConfig",
+    "RunDirConfig",
+    "TrainConfig",
+    "WandbConfig",
+    "from_dict",
+    "to_dict",
+]
+
+
+class ConfigError(Exception):
+    """A setting that cannot work: which key, its value, and what to do about it."""
+
+    def __init__(self, key: str, value: Any, remedy: str) -> None:
+        self.key, self.value, self.remedy = key, value, remedy
+        super().__init__(f"{key}={value!r}: {remedy}")
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Rotary frequency scaling, by Hugging Face's field names (`rope_scaling` in config.json)."""
+
+    rope_type: str = "default"  # default | linear | llama3
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of a Llama-family decoder (RMSNorm, RoPE, SwiGLU, grouped-query attention)."""
+
+    name: str = "tiny"
+    num_layers: int = 4
+    hidden_size: int = 128
+    ffn_hidden_size: int = 384
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 2
+    head_dim: int = 32
+    vocab_size: int = 4096
+    rope_base: float = 10000.0
+    rope_scaling: RopeScaling = field(default_factory=RopeScaling)
+    norm_epsilon: float = 1e-5
+    qk_norm: bool = False
+    tie_embeddings: bool = True
+    init_std: float = 0.02
+    transformer_impl: str = "local"  # local | transformer_engine
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Which layers are MoBA and how MoBA selects blocks. Read by model/layer_plan.py alone."""
+
+    pattern: str = "moba"
+    block_size: int = 64
+    top_k: int = 4  # blocks a query attends to, its own included
+    dense_first_layers: int = 0
+    dense_last_layers: int = 0
+    backend: str = "auto"  # of MoBA layers: auto | reference | portable | triton | flash
+    full_backend: str = "auto"  # of full layers: auto | reference | sdpa | flash
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the model is laid over GPUs. Data parallel is what is left of world_size."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    virtual_pipeline: int = 1  # model chunks per pipeline stage (interleaved schedule when > 1)
+    context: int = 1
+    sequence: bool = False  # sequence parallel: shard activations between tensor-parallel regions
+    context_strategy: str = "all_gather"
+    gather_heads: int | None = None  # key heads of the whole context alive at a time; None: all
+    distributed_optimizer: bool = True
+    overlap_grad_reduce: bool = False
+    recompute: str = "none"  # none | selective | full
+    timeout_s: int = 600
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Length of the run and shape of a step."""
+
+    steps: int = 100
+    sequence_length: int = 1024
+    global_batch_size: int = 8  # rows of sequence_length tokens per optimizer step, over all ranks
+    validate_every: int = 0  # steps; 0: only at the end
+    validation_batches: int = 8  # global batches per validation
+    seed: int = 1234
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the tokens come from: one prepared folder, or a weighted mix of them."""
+
+    path: str | None = None
+    blend: dict[str, float] | None = None  # prepared folder -> weight
+    mode: str = "packed"  # packed: documents kept apart | concatenated: one document per row
+    seed: int = 1234
+    cache_dir: str | None = None  # of the sample indices; None: beside the data
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with warm-up and decay, in optimizer steps."""
+
+    learning_rate: float = 3e-4
+    min_learning_rate: float = 3e-5
+    warmup_steps: int = 0
+    schedule: str = "cosine"  # cosine | wsd | constant
+    decay_steps: int | None = None  # cosine: length of the whole schedule; wsd: of the final decay
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    clip_grad: float = 1.0
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Saving and starting points."""
+
+    save_every: int = 0  # steps; 0: only at the end and on a signal
+    keep_last: int = 2
+    resume: bool = True  # go on from run.dir's latest checkpoint when there is one
+    load: str | None = None  # start from this checkpoint (a run folder or one of its step folders)
+    load_weights_only: bool = False  # with load: fresh optimizer, schedule and data position
+
+
+@dataclass(frozen=True)
+class MetricsConfig:
+    """What is reported, and how often."""
+
+    log_every: int = 1
+    position_buckets: int = 16  # of loss_by_position.png
+
+
+@dataclass(frozen=True)
+class WandbConfig:
+    """Weights & Biases. online without an API key falls to offline, and says so."""
+
+    mode: str = "disabled"  # disabled | offline | online
+    project: str = "moba_train"
+    name: str | None = None
+
+
+@dataclass(frozen=True)
+class RunDirConfig:
+    """The one folder a run writes to."""
+
+    dir: str | None = None  # None: runs/<recipe>-<time>, chosen once and shared by all ranks
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything about one run. `precision=fp8` needs transformer_impl=transformer_engine."""
+
+    recipe: str = "tiny"
+    precision: str = "bf16"  # fp32 | bf16 | fp8
+    dry_run: bool = False
+    world_size: int | None = None  # None: what torchrun started (dry run: the smallest that fits)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    run: RunDirConfig = field(default_factory=RunDirConfig)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The config as nested plain dicts: what checkpoints and wandb store, and what `from_dict` reads."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: dict[str, Any], cls: type = RunConfig, prefix: str = "") -> Any:
+    """Build `cls` from nested dicts; ConfigError on an unknown key or a value of the wrong type."""
+    hints = typing.get_type_hints(cls)
+    known = {f.name for f in dataclasses.fields(cls)}
+    for key in values:
+        if key not in known:
+            raise unknown_key(prefix + str(key), values[key], known)
+    return cls(**{key: _convert(value, hints[key], prefix + key) for key, value in values.items()})
+
+
+def unknown_key(key: str, value: Any, known: typing.Iterable[str]) -> ConfigError:
+    """ConfigError for a key that does not exist, naming the closest ones that do."""
+    section, _, name = key.rpartition(".")
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    where = f" in {section}" if section else ""
+    hint = (
+        f"did you mean {section + '.' if section else ''}{near[0]}?"
+        if near
+        else f"keys{where}: {', '.join(sorted(known))}"
+    )
+    return ConfigError(key, value, f"no such key; {hint}")
+
+
+def _convert(value: Any, hint: Any, key: str) -> Any:
+    if isinstance(hint, types.UnionType):  # X | None
+        if value is None:
+            return None
+        hint = next(h for h in typing.get_args(hint) if h is not type(None))
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise ConfigError(key, value, "expects a group of keys, not a single value")
+        return from_dict(value, typing.cast(type, hint), key + ".")
+    if typing.get_origin(hint) is dict:
+        if not isinstance(value, dict):
+            raise ConfigError(key, value, "expects a mapping")
+        _, item = typing.get_args(hint)
+        return {str(name): _convert(v, item, f"{key}.{name}") for name, v in value.items()}
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is float and isinstance(value, str):  # YAML 1.1 reads 3e-4 as a string
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if hint is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise ConfigError(key, value, f"expects {hint.__name__}, got {type(value).__name__}")
+    return value

@@ -1,0 +1,205 @@
+"""Refuse a run that cannot work, before any process group or GPU exists. Standard library only.
+
+Each rule names the key, the value and the remedy. The layer pattern is checked by model/layer_plan.py, files by data/
+and train/checkpoint.py: train/setup.py calls them all.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+from moba_train.config.schema import ConfigError, RunConfig
+
+__all__ = ["data_parallel_size", "min_world_size", "validate"]
+
+_CHOICES = {
+    "precision": ("fp32", "bf16", "fp8"),
+    "model.transformer_impl": ("local", "transformer_engine"),
+    "model.rope_scaling.rope_type": ("default", "linear", "llama3"),
+    "attention.backend": ("auto", "reference", "portable", "triton", "flash"),
+    "attention.full_backend": ("auto", "reference", "sdpa", "flash"),
+    "parallel.context_strategy": ("all_gather",),
+    "parallel.recompute": ("none", "selective", "full"),
+    "data.mode": ("packed", "concatenated"),
+    "optim.schedule": ("cosine", "wsd", "constant"),
+    "wandb.mode": ("disabled", "offline", "online"),
+}
+_AT_LEAST = {
+    1: (
+        "model.num_layers model.hidden_size model.ffn_hidden_size model.num_attention_heads model.num_key_value_heads "
+        "model.head_dim model.vocab_size attention.block_size attention.top_k parallel.tensor parallel.pipeline "
+        "parallel.virtual_pipeline parallel.context parallel.timeout_s train.steps train.sequence_length "
+        "train.global_batch_size train.validation_batches checkpoint.keep_last metrics.log_every "
+        "metrics.position_buckets"
+    ),
+    0: (
+        "attention.dense_first_layers attention.dense_last_layers train.validate_every checkpoint.save_every "
+        "optim.warmup_steps optim.weight_decay optim.clip_grad optim.min_learning_rate"
+    ),
+}
+
+
+def min_world_size(config: RunConfig) -> int:
+    """GPUs one copy of the model takes: tensor x pipeline x context."""
+    return config.parallel.tensor * config.parallel.pipeline * config.parallel.context
+
+
+def data_parallel_size(config: RunConfig, world_size: int) -> int:
+    """What is left of world_size for data parallelism; ConfigError when it does not come out even."""
+    model_size = min_world_size(config)
+    if world_size % model_size or world_size < model_size:
+        layout = "parallel.tensor x pipeline x context = " + " x ".join(
+            str(n) for n in (config.parallel.tensor, config.parallel.pipeline, config.parallel.context)
+        )
+        raise ConfigError("world_size", world_size, f"must be a multiple of {layout} = {model_size}")
+    return world_size // model_size
+
+
+def validate(config: RunConfig, world_size: int) -> None:
+    """ConfigError for the first rule that `config` on `world_size` processes breaks."""
+    for key, choices in _CHOICES.items():
+        _require(config, key, _get(config, key) in choices, f"choose {', '.join(choices)}")
+    for least, keys in _AT_LEAST.items():
+        for key in keys.split():
+            _require(config, key, _get(config, key) >= least, f"must be at least {least}")
+    _check_model(config)
+    _check_parallel(config)
+    dp = data_parallel_size(config, world_size)
+    batch = config.train.global_batch_size
+    _require(
+        config,
+        "train.global_batch_size",
+        batch % dp == 0,
+        f"must divide by the data-parallel size {dp}; try {-(-batch // dp) * dp}",
+    )
+    if config.parallel.virtual_pipeline > 1:
+        _require(
+            config,
+            "train.global_batch_size",
+            (batch // dp) % config.parallel.pipeline == 0,
+            f"the interleaved schedule needs micro-batches per rank ({batch // dp}) divisible by "
+            f"parallel.pipeline={config.parallel.pipeline}",
+        )
+    _check_training(config)
+
+
+def _check_model(config: RunConfig) -> None:
+    model, tp = config.model, config.parallel.tensor
+    _require(
+        config,
+        "model.num_attention_heads",
+        model.num_attention_heads % model.num_key_value_heads == 0,
+        f"must be a multiple of model.num_key_value_heads={model.num_key_value_heads}",
+    )
+    _require(config, "model.head_dim", model.head_dim % 2 == 0, "rotary embedding needs an even head dimension")
+    for name in ("num_attention_heads", "num_key_value_heads", "ffn_hidden_size", "vocab_size"):
+        _require(
+            config,
+            f"model.{name}",
+            getattr(model, name) % tp == 0,
+            f"must divide by parallel.tensor={tp}; change one of them",
+        )
+    if model.transformer_impl == "transformer_engine":
+        _require(
+            config,
+            "model.transformer_impl",
+            importlib.util.find_spec("transformer_engine") is not None,
+            'Transformer Engine is not installed: pip install -e ".[gpu]" -c constraints.txt, or choose local',
+        )
+    if config.precision == "fp8":
+        _require(
+            config,
+            "precision",
+            model.transformer_impl == "transformer_engine",
+            "fp8 needs model.transformer_impl=transformer_engine (the gpu extra); or choose bf16",
+        )
+
+
+def _check_parallel(config: RunConfig) -> None:
+    parallel, model, length = config.parallel, config.model, config.train.sequence_length
+    chunks = parallel.pipeline * parallel.virtual_pipeline
+    _require(
+        config,
+        "model.num_layers",
+        model.num_layers % chunks == 0,
+        f"must divide by parallel.pipeline x virtual_pipeline = {chunks}",
+    )
+    _require(
+        config,
+        "parallel.virtual_pipeline",
+        parallel.virtual_pipeline == 1 or parallel.pipeline > 1,
+        "the interleaved schedule needs parallel.pipeline > 1",
+    )
+    _require(
+        config,
+        "parallel.sequence",
+        not parallel.sequence or parallel.tensor > 1,
+        "sequence parallel needs parallel.tensor > 1",
+    )
+    if parallel.context > 1:
+        step = 2 * parallel.context
+        _require(
+            config,
+            "train.sequence_length",
+            length % step == 0,
+            f"must divide by 2 x parallel.context = {step} (zigzag); try {-(-length // step) * step}",
+        )
+    if parallel.sequence:
+        local = length // parallel.context
+        _require(
+            config,
+            "train.sequence_length",
+            local % parallel.tensor == 0,
+            f"{local} tokens of a context rank must divide by parallel.tensor={parallel.tensor} (sequence parallel)",
+        )
+    if parallel.gather_heads is not None:
+        heads = model.num_key_value_heads // parallel.tensor
+        _require(
+            config,
+            "parallel.gather_heads",
+            1 <= parallel.gather_heads <= heads,
+            f"choose 1 to {heads}, the key heads of a tensor-parallel rank",
+        )
+
+
+def _check_training(config: RunConfig) -> None:
+    optim, train = config.optim, config.train
+    for count in ("dense_first_layers", "dense_last_layers"):
+        _require(
+            config,
+            f"attention.{count}",
+            getattr(config.attention, count) <= config.model.num_layers,
+            f"the model has {config.model.num_layers} layers",
+        )
+    _require(config, "optim.learning_rate", optim.learning_rate > 0, "must be positive")
+    _require(
+        config,
+        "optim.min_learning_rate",
+        optim.min_learning_rate <= optim.learning_rate,
+        f"must not exceed optim.learning_rate={optim.learning_rate}",
+    )
+    _require(
+        config, "optim.warmup_steps", optim.warmup_steps < train.steps, f"must be less than train.steps={train.steps}"
+    )
+    if optim.decay_steps is not None:
+        least = optim.warmup_steps + 1 if optim.schedule == "cosine" else 1
+        _require(config, "optim.decay_steps", optim.decay_steps >= least, f"must be at least {least}")
+    _require(
+        config,
+        "checkpoint.load_weights_only",
+        not config.checkpoint.load_weights_only or config.checkpoint.load is not None,
+        "needs checkpoint.load=PATH",
+    )
+
+
+def _get(config: RunConfig, key: str) -> Any:
+    value: Any = config
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _require(config: RunConfig, key: str, ok: bool, remedy: str) -> None:
+    if not ok:
+        raise ConfigError(key, _get(config, key), remedy)

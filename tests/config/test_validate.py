@@ -1,0 +1,86 @@
+"""Nonsense is refused by key, value and remedy, before anything is built."""
+
+import pytest
+
+from moba_train.config.compose import compose, group_options
+from moba_train.config.schema import ConfigError
+from moba_train.config.validate import data_parallel_size, min_world_size, validate
+
+
+@pytest.mark.parametrize("recipe", group_options("recipe"))
+def test_every_recipe_is_valid_at_its_smallest_size_and_at_four_times_that(recipe):
+    config = compose([f"recipe={recipe}"])
+    smallest = min_world_size(config)
+    validate(config, smallest)
+    if config.train.global_batch_size % 4 == 0:
+        validate(config, 4 * smallest)
+
+
+@pytest.mark.parametrize(
+    "overrides, world_size, key, remedy",
+    [
+        (["precision=fp17"], 1, "precision", "bf16"),
+        (["precision=fp8"], 1, "precision", "transformer_engine"),
+        (["model.transformer_impl=transformer_engine"], 1, "model.transformer_impl", "gpu"),
+        (["parallel.tensor=3"], 3, "model.num_attention_heads", "parallel.tensor=3"),
+        (["parallel.tensor=4"], 4, "model.num_key_value_heads", "parallel.tensor=4"),
+        (["model.vocab_size=4097", "parallel.tensor=2"], 2, "model.vocab_size", "parallel.tensor=2"),
+        (["model.num_key_value_heads=3"], 1, "model.num_attention_heads", "num_key_value_heads"),
+        (["model.head_dim=33"], 1, "model.head_dim", "even"),
+        (["train.sequence_length=1022", "parallel.context=2"], 2, "train.sequence_length", "1024"),
+        (
+            ["train.sequence_length=1026", "parallel.tensor=2", "parallel.sequence=true", "parallel.context=1"],
+            2,
+            None,
+            "",
+        ),
+        (
+            ["train.sequence_length=1025", "parallel.tensor=2", "parallel.sequence=true"],
+            2,
+            "train.sequence_length",
+            "tensor=2",
+        ),
+        (["parallel.sequence=true"], 1, "parallel.sequence", "parallel.tensor > 1"),
+        (["parallel.tensor=2"], 3, "world_size", "multiple"),
+        (["parallel.context=4"], 2, "world_size", "= 4"),
+        (["train.global_batch_size=6"], 4, "train.global_batch_size", "8"),
+        (["parallel.pipeline=3"], 3, "model.num_layers", "3"),
+        (["parallel.virtual_pipeline=2"], 1, "parallel.virtual_pipeline", "pipeline > 1"),
+        (
+            ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "train.global_batch_size=3"],
+            2,
+            "train.global_batch_size",
+            "2",
+        ),
+        (["attention.top_k=0"], 1, "attention.top_k", "at least 1"),
+        (["attention.block_size=0"], 1, "attention.block_size", "at least 1"),
+        (["attention.dense_last_layers=5"], 1, "attention.dense_last_layers", "4 layers"),
+        (["attention.dense_first_layers=-1"], 1, "attention.dense_first_layers", "at least 0"),
+        (["attention.backend=cuda"], 1, "attention.backend", "triton"),
+        (["parallel.gather_heads=3"], 1, "parallel.gather_heads", "1 to 2"),
+        (["parallel.context_strategy=teleport"], 1, "parallel.context_strategy", "all_gather"),
+        (["optim.schedule=linear"], 1, "optim.schedule", "wsd"),
+        (["optim.warmup_steps=200"], 1, "optim.warmup_steps", "200"),
+        (["optim.min_learning_rate=1"], 1, "optim.min_learning_rate", "learning_rate"),
+        (["optim.learning_rate=0"], 1, "optim.learning_rate", "positive"),
+        (["train.steps=0"], 1, "train.steps", "at least 1"),
+        (["checkpoint.keep_last=0"], 1, "checkpoint.keep_last", "at least 1"),
+        (["checkpoint.load_weights_only=true"], 1, "checkpoint.load_weights_only", "checkpoint.load"),
+        (["wandb.mode=shout"], 1, "wandb.mode", "offline"),
+    ],
+)
+def test_refusals(overrides, world_size, key, remedy):
+    config = compose(["recipe=tiny", *overrides])
+    if key is None:
+        validate(config, world_size)
+        return
+    with pytest.raises(ConfigError) as caught:
+        validate(config, world_size)
+    assert caught.value.key == key
+    assert remedy in caught.value.remedy
+
+
+def test_what_is_left_of_the_world_is_data_parallel():
+    config = compose(["recipe=128k"])
+    assert min_world_size(config) == 16
+    assert data_parallel_size(config, 64) == 4
