@@ -1,0 +1,36 @@
+"""Token text to rows: where documents begin and end inside a row, and which labels carry loss.
+
+A document is what ends with an end-of-document token (EOD). Two modes:
+  - packed: documents are kept apart. Positions restart after each EOD, and the label at an EOD input (the next
+    document's first token) carries no loss. A document cut by the edge of a row starts anew in the next row.
+  - concatenated: one document a row, positions 0..S-1, every label carries loss.
+Filler after the end of the text is a document of its own without loss, known by its place and never by a token id.
+Shapes: S tokens a row; a row is made from S + 1 tokens of text, so that every token has a label.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from moba_train.data.batch import Batch
+
+__all__ = ["pack_row"]
+
+
+def pack_row(text: torch.Tensor, eod_id: int, mode: str, num_real: int | None = None) -> Batch:
+    """The Batch of one row from S + 1 tokens (int64); the first `num_real` (None: all) are text, the rest filler."""
+    tokens, labels = text[:-1], text[1:]
+    length = len(tokens)
+    real = length + 1 if num_real is None else num_real
+    loss_mask = torch.ones(length, dtype=torch.float32)
+    ends = torch.empty(0, dtype=torch.int64)
+    if mode == "packed":
+        ends = torch.nonzero(tokens[:real] == eod_id).flatten() + 1
+        loss_mask[ends - 1] = 0.0
+    # The last real token has a filler label: it carries no loss either.
+    loss_mask[max(real - 1, 0) :] = 0.0
+    edges = torch.tensor([0, min(real, length), length])
+    bounds = torch.unique(torch.cat([edges, ends]))  # sorted
+    starts = bounds[:-1]
+    positions = torch.arange(length) - torch.repeat_interleave(starts, bounds.diff())
+    return Batch(tokens, labels, loss_mask, positions, cu_seqlens=bounds.to(torch.int32))
