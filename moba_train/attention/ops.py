@@ -1,0 +1,240 @@
+"""The public ops: input checks, then the choice of backend.
+
+A backend is a module with a function of the op's name; `_BACKENDS` says where, so that it is imported only when used.
+`backend="auto"` takes the first entry of `_AUTO` that serves the device and dtype and logs the choice once; on a GPU it
+warns when that is a slow path. Nothing here asks the device for a value.
+
+Letters: T queries, S key rows (held ones under `k_positions`), H query heads, G key heads, D head dim, N blocks,
+K = top_k picks.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moba_train.attention import gate
+from moba_train.attention.sequence import SequenceInfo
+
+__all__ = ["full_attention", "moba_attention", "select_blocks", "select_from_means"]
+
+_Gate = Callable[..., Tensor]
+_Attention = Callable[..., tuple[Tensor, Tensor]]
+
+_LOG = logging.getLogger(__name__)
+
+# op -> backend -> module. The function called is `module.op`, with the signatures of reference.py.
+_BACKENDS: dict[str, dict[str, str]] = {
+    "select_from_means": {
+        "reference": "moba_train.attention.reference",
+        "portable": "moba_train.attention.gate",
+        "triton": "moba_train.attention.kernels.gate",
+    },
+    "moba_attention": {
+        "reference": "moba_train.attention.reference",
+        "portable": "moba_train.attention.portable",
+        "triton": "moba_train.attention.kernels.moba",
+    },
+    "full_attention": {
+        "reference": "moba_train.attention.reference",
+        "sdpa": "moba_train.attention.dense",
+        "triton": "moba_train.attention.kernels.moba",
+    },
+}
+_AUTO: dict[str, dict[str, tuple[str, ...]]] = {
+    "select_from_means": {"cpu": ("portable",), "cuda": ("triton", "portable")},
+    "moba_attention": {"cpu": ("portable",), "cuda": ("triton", "portable")},
+    "full_attention": {"cpu": ("sdpa",), "cuda": ("flash", "sdpa", "reference")},
+}
+_SLOW_ON_GPU = ("reference", "portable")  # these alone compute fp64 there
+_NAMES = ("auto", "reference", "portable", "sdpa", "triton", "flash")
+_logged: set[tuple[str, torch.device, torch.dtype]] = set()
+
+
+def select_blocks(
+    q_THD: Tensor, k_SGD: Tensor, seq: SequenceInfo, *, block_size: int, top_k: int, backend: str = "auto"
+) -> Tensor:
+    """Blocks each query attends to (arXiv 2502.13189, eq. 5-6) -> int32 [T, H, K].
+
+    Order: the query's own block, the best top_k - 1 earlier blocks of its document by falling score (ties to the lower
+    id), then -1 where there are not enough. No gradient flows.
+
+    Raises:
+        ValueError: mismatched inputs, or `k_positions` (a gate over part of the keys would pick wrongly).
+    """
+    _check_inputs(q_THD, k_SGD, None, seq)
+    _check_sizes(block_size, top_k)
+    means_NGD = gate.block_means(k_SGD, seq, block_size)
+    return select_from_means(q_THD, means_NGD, seq, block_size=block_size, top_k=top_k, backend=backend)
+
+
+def select_from_means(
+    q_THD: Tensor, means_NGD: Tensor, seq: SequenceInfo, *, block_size: int, top_k: int, backend: str = "auto"
+) -> Tensor:
+    """`select_blocks` for given means of all N blocks of the batch, [N, G, D] -> int32 [T, H, K].
+
+    Raises:
+        ValueError: mismatched inputs.
+    """
+    _check_sizes(block_size, top_k)
+    _check_queries(q_THD, seq)
+    num_blocks = seq.blocks(block_size).num_blocks
+    if means_NGD.dim() != 3 or means_NGD.shape[0] != num_blocks or means_NGD.shape[2] != q_THD.shape[2]:
+        raise ValueError(
+            f"means must be [{num_blocks} blocks, key heads, {q_THD.shape[2]}] for block_size {block_size}, "
+            f"got {list(means_NGD.shape)}"
+        )
+    _check_heads(q_THD, means_NGD)
+    select: _Gate = _function("select_from_means", backend, q_THD)
+    return select(q_THD, means_NGD, seq, block_size=block_size, top_k=top_k)
+
+
+def moba_attention(
+    q_THD: Tensor,
+    k_SGD: Tensor,
+    v_SGD: Tensor,
+    seq: SequenceInfo,
+    *,
+    block_size: int,
+    top_k: int,
+    softmax_scale: float | None = None,
+    picks: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Causal attention to the picked blocks -> out [T, H, D] and natural-log lse [T, H] (fp32; fp64 for fp64 inputs).
+
+    Args:
+        softmax_scale: default 1 / sqrt(D).
+        picks: int32 [T, H, K] as `select_blocks` returns them; default: selected here. Required with `k_positions`.
+            A block twice in one row would count twice.
+        backend: "auto", "reference", "portable" or "triton".
+
+    A query that sees no held key has out 0, lse -inf and zero gradient. Without `picks`, where top_k blocks cover every
+    document this is full attention, and every backend but the reference may answer with that.
+
+    Raises:
+        ValueError: mismatched inputs, `k_positions` without `picks`, or a backend that is not there.
+    """
+    _check_inputs(q_THD, k_SGD, v_SGD, seq)
+    _check_sizes(block_size, top_k)
+    attend: _Attention = _function("moba_attention", backend, q_THD)
+    if picks is None:
+        if seq.k_positions is not None:
+            raise ValueError(
+                "k_positions holds part of the keys, so blocks cannot be scored here; "
+                "pass picks from select_from_means over the means of all blocks"
+            )
+        if top_k * block_size >= seq.max_document and backend != "reference":
+            return full_attention(q_THD, k_SGD, v_SGD, seq, softmax_scale=softmax_scale)
+        known = backend if backend in _BACKENDS["select_from_means"] else "auto"
+        picks = select_blocks(q_THD, k_SGD, seq, block_size=block_size, top_k=top_k, backend=known)
+    expected = (*q_THD.shape[:2], top_k)
+    if picks.shape != expected or picks.dtype != torch.int32 or picks.device != q_THD.device:
+        raise ValueError(
+            f"picks must be int32 {list(expected)} (queries, heads, top_k) on {q_THD.device}, "
+            f"got {picks.dtype} {list(picks.shape)} on {picks.device}"
+        )
+    scale = _scale(softmax_scale, q_THD)
+    return attend(q_THD, k_SGD, v_SGD, seq, picks, block_size=block_size, scale=scale)
+
+
+def full_attention(
+    q_THD: Tensor,
+    k_SGD: Tensor,
+    v_SGD: Tensor,
+    seq: SequenceInfo,
+    *,
+    softmax_scale: float | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Causal attention within each document -> out [T, H, D] and natural-log lse [T, H] (fp32; fp64 for fp64 inputs).
+
+    Args:
+        softmax_scale: default 1 / sqrt(D).
+        backend: "auto", "reference", "sdpa" or "flash".
+
+    Raises:
+        ValueError: mismatched inputs, or a backend that is not there.
+    """
+    _check_inputs(q_THD, k_SGD, v_SGD, seq)
+    attend: _Attention = _function("full_attention", backend, q_THD)
+    return attend(q_THD, k_SGD, v_SGD, seq, scale=_scale(softmax_scale, q_THD))
+
+
+def _function(op: str, backend: str, q_THD: Tensor) -> Callable[..., Any]:
+    if backend == "auto":
+        kind = "cpu" if q_THD.device.type == "cpu" else "cuda"
+        any_dtype = kind == "cpu" or q_THD.dtype != torch.float64
+        name = next(n for n in _AUTO[op][kind] if n in _BACKENDS[op] and (any_dtype or n in _SLOW_ON_GPU))
+        _log_choice(op, name, q_THD)
+    elif backend in _BACKENDS[op]:
+        name = backend
+    else:
+        known = ", ".join(["auto", *_BACKENDS[op]])
+        what = "does not serve" if backend in _NAMES else "is not a backend of"
+        raise ValueError(f"backend {backend!r} {what} {op}; choose one of: {known}")
+    return getattr(importlib.import_module(_BACKENDS[op][name]), op)
+
+
+def _log_choice(op: str, name: str, q_THD: Tensor) -> None:
+    key = (op, q_THD.device, q_THD.dtype)
+    if key in _logged:
+        return
+    _logged.add(key)
+    slow = q_THD.device.type != "cpu" and name in _SLOW_ON_GPU
+    _LOG.log(
+        logging.WARNING if slow else logging.INFO,
+        "%s on %s in %s uses backend %r%s",
+        op,
+        q_THD.device,
+        q_THD.dtype,
+        name,
+        ", a slow path on this device: no kernel serves it" if slow else "",
+    )
+
+
+def _scale(softmax_scale: float | None, q_THD: Tensor) -> float:
+    return q_THD.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
+
+
+def _check_sizes(block_size: int, top_k: int) -> None:
+    for name, value in (("block_size", block_size), ("top_k", top_k)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+
+def _check_queries(q_THD: Tensor, seq: SequenceInfo) -> None:
+    if q_THD.dim() != 3:
+        raise ValueError(f"q must be [queries, heads, head dim], got {list(q_THD.shape)}; flatten batch into documents")
+    if not q_THD.dtype.is_floating_point:
+        raise ValueError(f"q must be floating point, got {q_THD.dtype}")
+    if q_THD.shape[0] != seq.num_queries:
+        raise ValueError(f"q has {q_THD.shape[0]} rows but the sequence has {seq.num_queries} queries ({seq!r})")
+
+
+def _check_heads(q_THD: Tensor, k_SGD: Tensor) -> None:
+    if k_SGD.shape[1] == 0 or q_THD.shape[1] % k_SGD.shape[1]:
+        raise ValueError(f"query heads must be a multiple of key heads, got {q_THD.shape[1]} and {k_SGD.shape[1]}")
+    if k_SGD.device != q_THD.device:
+        raise ValueError(f"inputs must share a device, got q on {q_THD.device} and keys on {k_SGD.device}")
+
+
+def _check_inputs(q_THD: Tensor, k_SGD: Tensor, v_SGD: Tensor | None, seq: SequenceInfo) -> None:
+    _check_queries(q_THD, seq)
+    if k_SGD.dim() != 3 or k_SGD.shape[0] != seq.num_held or k_SGD.shape[2] != q_THD.shape[2]:
+        raise ValueError(
+            f"k must be [{seq.num_held} held keys, key heads, {q_THD.shape[2]}], got {list(k_SGD.shape)} ({seq!r})"
+        )
+    _check_heads(q_THD, k_SGD)
+    if v_SGD is not None and (v_SGD.shape != k_SGD.shape or v_SGD.device != k_SGD.device):
+        raise ValueError(
+            f"v must match k, got {list(v_SGD.shape)} on {v_SGD.device} and {list(k_SGD.shape)} on {k_SGD.device}"
+        )
+    dtypes = {tensor.dtype for tensor in (q_THD, k_SGD, v_SGD) if tensor is not None}
+    if len(dtypes) > 1:
+        raise ValueError(f"q, k and v must share a dtype, got {sorted(map(str, dtypes))}; cast them alike")

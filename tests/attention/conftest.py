@@ -1,0 +1,58 @@
+"""Every backend of an op on every device at hand, as fixtures: `moba_backend`, `full_backend`, `gate_backend`."""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from moba_train.attention import ops
+
+
+class Backend(NamedTuple):
+    """A backend on a device, and the dtypes it is tested in against the reference in the same dtype."""
+
+    name: str
+    device: str
+    dtypes: tuple[torch.dtype, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name}-{self.device}"
+
+
+_KERNELS = ("triton", "flash")
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _params(op: str, *, cuda: bool = True) -> list[object]:
+    params: list[object] = []
+    for name in ops._BACKENDS[op]:
+        if name == "reference":
+            continue
+        if name not in _KERNELS:
+            params.append(pytest.param(Backend(name, "cpu", (torch.float64, torch.float32)), id=f"{name}-cpu"))
+        elif _INTERPRETED and name == "triton":
+            params.append(pytest.param(Backend(name, "cpu", (torch.float32,)), id=f"{name}-cpu"))
+        if name != "flash":  # 16-bit only: tested by error against fp64, with the kernels
+            absent = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+            dtypes = (torch.float64, torch.float32) if name == "portable" else (torch.float32,)
+            marks = (pytest.mark.gpu, absent)
+            params.append(pytest.param(Backend(name, "cuda", dtypes), id=f"{name}-cuda", marks=marks))
+    return params
+
+
+@pytest.fixture(params=_params("moba_attention"))
+def moba_backend(request: pytest.FixtureRequest) -> Backend:
+    return request.param
+
+
+@pytest.fixture(params=_params("full_attention"))
+def full_backend(request: pytest.FixtureRequest) -> Backend:
+    return request.param
+
+
+@pytest.fixture(params=_params("select_from_means"))
+def gate_backend(request: pytest.FixtureRequest) -> Backend:
+    return request.param

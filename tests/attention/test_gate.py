@@ -1,0 +1,160 @@
+"""Routing, apart from attention: exact picks, ties, shards, precision."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from moba_train.attention import (
+    SequenceInfo,
+    block_means,
+    block_sums,
+    gate,
+    means_from_sums,
+    select_blocks,
+    select_from_means,
+)
+from tests.helpers.cases import CASES, Case, zigzag_positions
+from tests.helpers.tolerance import TOLERANCE
+
+
+def assert_same_routing(picks: Tensor, expected: Tensor, q_THD: Tensor, means_NGD: Tensor) -> None:
+    """Equal picks, but where two blocks' exact scores are closer than fp32 can tell."""
+    assert picks.dtype == torch.int32
+    assert picks.shape == expected.shape
+    means_NHD = means_NGD.double().repeat_interleave(q_THD.shape[1] // means_NGD.shape[1], 1)
+    scores_THN = torch.einsum("thd,nhd->thn", q_THD.detach().double(), means_NHD)
+    bound = TOLERANCE[torch.float32] * float(scores_THN.abs().max()) if scores_THN.numel() else 0.0
+    t, h, rank = (picks != expected).nonzero(as_tuple=True)
+    assert ((picks >= 0) == (expected >= 0)).all()
+    got, want = (scores_THN[t, h, ids[t, h, rank].long()] for ids in (picks, expected))
+    assert ((got - want).abs() <= bound).all()
+    ordered = picks.sort(-1).values
+    assert ((ordered.diff(dim=-1) > 0) | (ordered[..., 1:] < 0)).all(), "a block is picked twice"
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_routing_equals_reference(case: Case, gate_backend) -> None:
+    seq, sizes = case.sequence(), {"block_size": case.block_size, "top_k": case.top_k}
+    for dtype in gate_backend.dtypes:
+        q, k = case.inputs(dtype, gate_backend.device)[:2]
+        picks = select_blocks(q, k, seq, **sizes, backend=gate_backend.name)
+        expected = select_blocks(q, k, seq, **sizes, backend="reference")
+        assert not picks.requires_grad
+        if gate_backend.name == "portable" or case.quantised:
+            assert torch.equal(picks, expected)
+        else:
+            assert_same_routing(picks, expected, q, block_means(k, seq, case.block_size))
+
+
+def test_order_of_picks() -> None:
+    """Own block, then falling score, then -1; only earlier blocks of the same document compete."""
+    k = torch.tensor([5.0, 5.0, 1.0, 1.0, 3.0, 3.0, 2.0, 2.0, 9.0, 9.0])[:, None, None]
+    q = torch.ones(10, 1, 1)
+    picks = select_blocks(q, k, SequenceInfo([0, 2, 10]), block_size=2, top_k=3)[:, 0].tolist()
+    assert picks[1] == [0, -1, -1]
+    assert picks[3] == [1, -1, -1]
+    assert picks[4] == [2, 1, -1]
+    assert picks[7] == [3, 2, 1]
+    assert picks[9] == [4, 2, 3]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_ties_go_to_the_lower_block(dtype: torch.dtype, gate_backend) -> None:
+    if dtype not in gate_backend.dtypes:
+        pytest.skip(f"{gate_backend} is not tested in {dtype}")
+    # Scores 0, -0, 0, 1, 1, -1 for the six candidates: a zero's sign must not order anything.
+    k = torch.tensor([0.0, -0.0, 0.0, 1.0, 1.0, -1.0, 7.0], dtype=dtype, device=gate_backend.device)[:, None, None]
+    q = torch.ones(7, 1, 1, dtype=dtype, device=gate_backend.device)
+    picks = select_blocks(q, k, SequenceInfo([0, 7]), block_size=1, top_k=7, backend=gate_backend.name)
+    assert picks[6, 0].tolist() == [6, 3, 4, 0, 1, 2, 5]
+
+
+def test_heads_of_a_group_choose_freely() -> None:
+    k = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])[:, None]
+    q = torch.eye(2).expand(3, 2, 2)
+    picks = select_blocks(q, k, SequenceInfo([0, 3]), block_size=1, top_k=2)
+    assert picks[2].tolist() == [[2, 0], [2, 1]]
+
+
+def test_means_are_not_rounded_to_the_dtype_of_keys() -> None:
+    """Mean 1.00195 beats 1.0 only while it is not rounded to bf16, whose next value is 1.0078."""
+    k = torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0078125, 0.0], dtype=torch.bfloat16)[:, None, None]
+    q = torch.ones(9, 1, 1, dtype=torch.bfloat16)
+    assert select_blocks(q, k, SequenceInfo([0, 9]), block_size=4, top_k=2)[8, 0].tolist() == [2, 1]
+    assert block_means(k, SequenceInfo([0, 9]), 4).dtype == torch.float32
+
+
+def test_autocast_does_not_touch_the_scores() -> None:
+    seq, generator = SequenceInfo([0, 256]), torch.Generator().manual_seed(0)
+    q, k = torch.randn(256, 4, 16, generator=generator), torch.randn(256, 2, 16, generator=generator)
+    expected = select_blocks(q, k, seq, block_size=8, top_k=4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(select_blocks(q, k, seq, block_size=8, top_k=4), expected)
+
+
+def test_means_of_short_blocks() -> None:
+    k = torch.tensor([1.0, 3.0, 5.0, 8.0, 10.0])[:, None, None]
+    means = block_means(k, SequenceInfo([0, 3, 3, 5]), 2)
+    assert means.flatten().tolist() == [2.0, 5.0, 9.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_partial_sums_give_bitwise_the_same_means(dtype: torch.dtype) -> None:
+    """Holders of any rows, added in any order: the way a context-parallel ring builds the means."""
+    rows = 240
+    k = torch.randn(rows, 2, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    bounds, block_size = [0, 100, 101, rows], 16
+    whole = block_means(k, SequenceInfo(bounds), block_size)
+    shards = [zigzag_positions(rows, rank, 4) for rank in range(4)] + [()]
+    for order in (shards, shards[::-1]):
+        sums = sum(block_sums(k[list(rows)], SequenceInfo(bounds, k_positions=rows), block_size) for rows in order)
+        assert torch.equal(means_from_sums(sums, SequenceInfo(bounds), block_size, dtype), whole)
+
+
+@pytest.mark.parametrize(
+    "positions",
+    [zigzag_positions(192, 0, 4), zigzag_positions(192, 3, 4), tuple(range(100, 192)), (191,), tuple(range(0, 192, 7))],
+    ids=["zigzag-0", "zigzag-3", "prefill", "decode", "strided"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_shards_pick_what_the_whole_picks(positions: tuple[int, ...], dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(192, heads, 32, generator=generator).to(dtype) for heads in (6, 2))
+    bounds, sizes = [0, 150, 192], {"block_size": 8, "top_k": 4}
+    whole = select_blocks(q, k, SequenceInfo(bounds), **sizes)
+    shard = SequenceInfo(bounds, positions)
+    rows = list(positions)
+    assert torch.equal(select_blocks(q[rows], k, shard, **sizes), whole[rows])
+    means = block_means(k, SequenceInfo(bounds), 8)
+    assert torch.equal(select_from_means(q[rows], means, shard, **sizes), whole[rows])
+
+
+def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(130, 4, 8, generator=generator), torch.randn(130, 2, 8, generator=generator)
+    seq = SequenceInfo([0, 90, 130])
+    expected = select_blocks(q, k, seq, block_size=4, top_k=5)
+    monkeypatch.setitem(gate._CHUNK_ELEMENTS, "cpu", 200)
+    assert torch.equal(select_blocks(q, k, seq, block_size=4, top_k=5), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_nan_key_never_lets_a_foreign_block_in(dtype: torch.dtype, sign: float) -> None:
+    k = torch.ones(12, 1, 1, dtype=dtype)
+    k[6] = sign * torch.nan
+    q = torch.ones(12, 1, 1, dtype=dtype)
+    picks = select_blocks(q, k, SequenceInfo([0, 4, 12]), block_size=2, top_k=3)[:, 0]
+    blocks = SequenceInfo([0, 4, 12]).blocks(2)
+    for row, first, own in zip(picks.tolist(), blocks.first_T.tolist(), blocks.own_T.tolist(), strict=True):
+        others = [block for block in row[1:] if block >= 0]
+        assert all(first <= block < own for block in others), (row, first, own)
+        assert len(set(others)) == len(others) == min(2, own - first)
+
+
+def test_refuses_part_of_the_keys() -> None:
+    seq = SequenceInfo([0, 8], k_positions=[0, 1])
+    with pytest.raises(ValueError, match="means_from_sums"):
+        select_blocks(torch.ones(8, 1, 2), torch.ones(2, 1, 2), seq, block_size=2, top_k=2)

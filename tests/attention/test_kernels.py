@@ -1,0 +1,187 @@
+"""The kernels on a GPU in the dtypes they train in, against fp64, and their promises beyond the numbers."""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import accumulate
+
+import pytest
+import torch
+from torch import Tensor
+
+from moba_train.attention import SequenceInfo, full_attention, moba_attention, reference, select_blocks
+from tests.helpers.cases import CASES_BY_NAME, Case, Inputs, run_op, zigzag_positions
+from tests.helpers.tolerance import assert_low_precision
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+# Shapes that take each path of the kernels: tile widths, ragged blocks, short and long lists, one and many heads.
+SHAPES = (
+    Case("mha-128", (0, 1024), 4, 4, 128, 128, 3),
+    Case("gqa-64", (0, 700, 700, 1017, 1020), 8, 2, 128, 64, 4),
+    Case("ragged-100", (0, 700, 700, 1017, 1020), 4, 2, 64, 100, 4),
+    Case("head-dim-80", (0, 900), 4, 2, 80, 48, 5),
+    Case("mqa-head-dim-96", (0, 900), 4, 1, 96, 32, 12),
+    Case("head-dim-256", (0, 600, 800), 4, 2, 256, 128, 3),
+    Case("block-512", (0, 1500), 8, 2, 128, 512, 2),
+    Case("block-2048", (0, 5000), 2, 1, 128, 2048, 2),
+    Case("top-1", (0, 1000), 2, 2, 128, 128, 1),
+    Case("zigzag", (0, 700, 1300), 4, 2, 128, 96, 3, q_positions=zigzag_positions(1300, 1, 5)),
+    Case("decode", (0, 700, 1300), 8, 2, 128, 96, 3, q_positions=(1299,)),
+)
+# Edges of the documents and of the queries; tests/attention/test_kernels_interpreter.py has more of them.
+EDGES = (
+    "no-documents",
+    "no-queries",
+    "only-empty-documents",
+    "empty-documents",
+    "last-block-of-one",
+    "gqa-odd-group",
+    "strided-inputs",
+    "decode-batch",
+    "blocks-without-queries",
+)
+RUNS = (
+    *((case, dtype) for case in SHAPES for dtype in (torch.bfloat16, torch.float16)),
+    *((CASES_BY_NAME[name], torch.bfloat16) for name in EDGES),
+)
+
+
+def _check(op, reference_op, case: Case, dtype: torch.dtype) -> None:
+    exact, same_dtype, actual = (
+        run_op(function, case.inputs(kind, "cuda"))
+        for function, kind in ((reference_op, torch.float64), (reference_op, dtype), (op, dtype))
+    )
+    assert_low_precision(actual.out, same_dtype.out, exact.out, "output", "out")
+    for field in ("dq", "dk", "dv"):
+        parts = (getattr(result, field) for result in (actual, same_dtype, exact))
+        assert_low_precision(*parts, "gradient", field)
+
+
+def _picks(case: Case, inputs: Inputs, backend: str = "portable") -> Tensor:
+    sizes = {"block_size": case.block_size, "top_k": case.top_k}
+    return select_blocks(inputs.q_THD, inputs.k_SGD, case.sequence(), **sizes, backend=backend)
+
+
+def _moba(case: Case, picks: Tensor):
+    sizes = {"block_size": case.block_size, "top_k": case.top_k}
+    return partial(moba_attention, seq=case.sequence(), picks=picks, **sizes, backend="triton")
+
+
+@pytest.mark.parametrize(("case", "dtype"), RUNS, ids=str)
+def test_moba_errs_no_more_than_torch(case: Case, dtype: torch.dtype) -> None:
+    picks = _picks(case, case.inputs(dtype, "cuda"))
+    mask = reference.moba_mask(case.sequence(), picks, case.block_size)
+    expected = partial(reference.masked_attention, mask_THS=mask, scale=case.head_dim**-0.5)
+    _check(_moba(case, picks), expected, case, dtype)
+
+
+@pytest.mark.parametrize("case", SHAPES, ids=str)
+def test_full_errs_no_more_than_torch(case: Case) -> None:
+    seq = case.sequence()
+    mask = reference.full_mask(seq).cuda()[:, None].expand(-1, case.heads, -1)
+    expected = partial(reference.masked_attention, mask_THS=mask, scale=case.head_dim**-0.5)
+    _check(partial(full_attention, seq=seq, backend="triton"), expected, case, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("case", SHAPES, ids=str)
+def test_gate_equals_definition_outside_rounding(case: Case, dtype: torch.dtype) -> None:
+    inputs = case.inputs(dtype, "cuda")
+    picks, expected = (_picks(case, inputs, backend) for backend in ("triton", "portable"))
+    # Scores are sums of up to 256 products: a swap of two blocks whose scores differ in the last bits is rounding.
+    assert (picks != expected).any(-1).float().mean() < 1e-3
+    assert torch.equal(picks[..., 0], expected[..., 0])
+    assert torch.equal(picks == -1, expected == -1)
+
+
+@pytest.mark.parametrize("name", ["gqa-64", "block-2048"])
+def test_deterministic_gradients_do_not_move(name: str) -> None:
+    case = next(case for case in SHAPES if case.name == name)
+    inputs = case.inputs(torch.bfloat16, "cuda")
+    op = _moba(case, _picks(case, inputs))
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        first = run_op(op, inputs)
+        for _ in range(5):
+            assert all(torch.equal(got, want) for got, want in zip(run_op(op, inputs), first, strict=True))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_repetitions_stay_within_rounding() -> None:
+    case = SHAPES[1]
+    inputs = case.inputs(torch.bfloat16, "cuda")
+    op = _moba(case, _picks(case, inputs))
+    first = run_op(op, inputs)
+    for _ in range(100):
+        again = run_op(op, inputs)
+        assert torch.equal(again.out, first.out)
+        assert torch.equal(again.lse, first.lse)
+        # dq is summed by atomics in any order, in fp32, and rounded to bf16 once.
+        for name in ("dq", "dk", "dv"):
+            torch.testing.assert_close(getattr(again, name), getattr(first, name), rtol=2**-6, atol=2**-6)
+
+
+def test_forward_and_backward_record_into_a_cuda_graph() -> None:
+    case = SHAPES[0]
+    inputs = case.inputs(torch.bfloat16, "cuda")
+    seq, sizes = case.sequence(), {"block_size": case.block_size, "top_k": case.top_k}
+
+    def step() -> tuple[Tensor, ...]:
+        # Leaves of its own: those of another step belong to that step's stream, which a capture may not wait for.
+        leaves = [x.detach().requires_grad_() for x in (inputs.q_THD, inputs.k_SGD, inputs.v_SGD)]
+        out, lse = moba_attention(*leaves, seq, **sizes)
+        return out.detach(), *torch.autograd.grad((out, lse), leaves, (inputs.dout_THD, inputs.dlse_TH))
+
+    expected = step()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = step()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(recorded[0], expected[0])
+    for got, want in zip(recorded[1:], expected[1:], strict=True):
+        torch.testing.assert_close(got, want, rtol=2**-6, atol=2**-6)
+
+
+def test_compiled_model_gives_the_same() -> None:
+    case = SHAPES[0]
+    inputs = case.inputs(torch.bfloat16, "cuda")
+    seq, sizes = case.sequence(), {"block_size": case.block_size, "top_k": case.top_k}
+
+    def layer(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse = moba_attention(q * 2, k, v, seq, **sizes)
+        return out + 1, lse
+
+    expected, actual = run_op(layer, inputs), run_op(torch.compile(layer), inputs)
+    for got, want in zip(actual, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=2**-6, atol=2**-6)
+
+
+def test_more_elements_than_32_bits_count() -> None:
+    # 2^31 elements end inside q; the last document alone must give the same answer.
+    lengths, heads, key_heads, head_dim, block_size = [260_000, 3_000], 64, 1, 128, 512
+    cu_seqlens = [0, *accumulate(lengths)]
+    generator = torch.Generator("cuda").manual_seed(0)
+    shape = (cu_seqlens[-1], heads, head_dim)
+    q_THD = torch.empty(shape, dtype=torch.bfloat16, device="cuda").normal_(generator=generator)
+    assert q_THD.numel() > 2**31
+    k_SGD, v_SGD = (
+        torch.empty(shape[0], key_heads, head_dim, dtype=torch.bfloat16, device="cuda").normal_(generator=generator)
+        for _ in range(2)
+    )
+    sizes = {"block_size": block_size, "top_k": 3}
+    with torch.no_grad():
+        out_THD, lse_TH = moba_attention(q_THD, k_SGD, v_SGD, SequenceInfo(cu_seqlens), **sizes)
+        tail = slice(lengths[0], None)
+        expected = moba_attention(q_THD[tail], k_SGD[tail], v_SGD[tail], SequenceInfo([0, lengths[1]]), **sizes)
+    assert torch.equal(out_THD[tail], expected[0])
+    assert torch.equal(lse_TH[tail], expected[1])

@@ -1,0 +1,192 @@
+"""The Triton kernels on a CPU, through Triton's interpreter, against the reference.
+
+fp32 and fp16 only: the interpreter's dot is wrong for bf16.
+
+Triton decides at its import whether to interpret, so this file runs itself again in a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+
+from moba_train.attention import full_attention, moba_attention, reference, select_blocks
+from moba_train.attention.gate import block_means, block_sums
+from tests.helpers.cases import CASES_BY_NAME, Case, Inputs, Result, run_op
+from tests.helpers.tolerance import assert_close, assert_low_precision
+
+FP32 = (
+    "no-queries",
+    "empty-documents",
+    "top-1",
+    "gqa-odd-group",
+    "strided-inputs",
+    "zigzag-last-rank",
+    "decode-batch",
+)
+FP16 = ("empty-documents", "mqa", "chunked-prefill")
+
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETING, reason="runs in the process of test_in_interpreter")
+
+
+@pytest.mark.skipif(INTERPRETING or torch.cuda.is_available(), reason="for the process without a GPU")
+def test_in_interpreter() -> None:
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(autouse=True)
+def _scalar_loop_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter's scalars are arrays of one element, which NumPy 2.4 no longer turns into loop bounds."""
+    if not INTERPRETING:
+        return
+    from triton.runtime import interpreter
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch(tensor, scope) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch)
+
+
+def _attend(case: Case, picks: torch.Tensor, **options):
+    from moba_train.attention.kernels import moba as moba_kernels
+
+    seq = case.sequence()
+
+    def op(q, k, v):
+        scale = case.head_dim**-0.5
+        return moba_kernels.moba_attention(q, k, v, seq, picks, block_size=case.block_size, scale=scale, **options)
+
+    return op
+
+
+def _picks(case: Case, inputs: Inputs) -> torch.Tensor:
+    sizes = {"block_size": case.block_size, "top_k": case.top_k}
+    return select_blocks(inputs.q_THD, inputs.k_SGD, case.sequence(), **sizes, backend="reference")
+
+
+@interpreted
+@pytest.mark.parametrize("name", FP32)
+def test_fp32_equals_reference(name: str) -> None:
+    from moba_train.attention.kernels import gate as gate_kernels
+
+    case = CASES_BY_NAME[name]
+    seq, inputs = case.sequence(), case.inputs(torch.float32)
+    picks = _picks(case, inputs)
+    means = block_means(inputs.k_SGD, seq, case.block_size)
+    sizes = {"block_size": case.block_size, "top_k": case.top_k}
+    assert torch.equal(gate_kernels.select_from_means(inputs.q_THD, means, seq, **sizes), picks)
+    run = partial(moba_attention, seq=seq, picks=picks, **sizes, backend="reference")
+    expected = run_op(run, inputs)
+    actual = run_op(_attend(case, picks), inputs)
+    for field, got, want in zip(Result._fields, actual, expected, strict=True):
+        assert_close(got, want, torch.float32, field)
+
+
+@interpreted
+@pytest.mark.parametrize("name", FP16)
+def test_fp16_errs_no_more_than_torch(name: str) -> None:
+    case = CASES_BY_NAME[name]
+    inputs = case.inputs(torch.float16)
+    picks = _picks(case, inputs)
+    mask = reference.moba_mask(case.sequence(), picks, case.block_size)
+    exact, same_dtype = (
+        run_op(partial(reference.masked_attention, mask_THS=mask, scale=case.head_dim**-0.5), case.inputs(dtype))
+        for dtype in (torch.float64, torch.float16)
+    )
+    actual = run_op(_attend(case, picks), inputs)
+    assert_low_precision(actual.out, same_dtype.out, exact.out, "output", "out")
+    for field in ("dq", "dk", "dv"):
+        parts = (getattr(result, field) for result in (actual, same_dtype, exact))
+        assert_low_precision(*parts, "gradient", field)
+
+
+@interpreted
+def test_deterministic_gradients_equal_reference() -> None:
+    case = CASES_BY_NAME["last-block-of-one"]
+    inputs = case.inputs(torch.float32)
+    picks = _picks(case, inputs)
+    run = partial(moba_attention, seq=case.sequence(), picks=picks, block_size=case.block_size, top_k=case.top_k)
+    expected = run_op(partial(run, backend="reference"), inputs)
+    actual = run_op(_attend(case, picks, deterministic=True), inputs)
+    for field, got, want in zip(Result._fields, actual, expected, strict=True):
+        assert_close(got, want, torch.float32, field)
+
+
+@interpreted
+def test_compiles_around_the_ops() -> None:
+    case = CASES_BY_NAME["last-block-of-one"]
+    seq, inputs = case.sequence(), case.inputs(torch.float32)
+    sizes = {"block_size": case.block_size, "top_k": case.top_k, "backend": "triton"}
+
+    def layer(q, k, v):
+        out, lse = moba_attention(q * 2, k, v, seq, **sizes)
+        return out + 1, lse
+
+    compiled = torch.compile(layer, backend="aot_eager")
+    for field, got, want in zip(Result._fields, run_op(compiled, inputs), run_op(layer, inputs), strict=True):
+        assert_close(got, want, torch.float32, field)
+
+
+@interpreted
+def test_full_attention_equals_reference() -> None:
+    case = CASES_BY_NAME["zigzag-last-rank"]
+    inputs, run = case.inputs(torch.float32), partial(full_attention, seq=case.sequence())
+    actual, expected = (run_op(partial(run, backend=name), inputs) for name in ("triton", "reference"))
+    for field, got, want in zip(Result._fields, actual, expected, strict=True):
+        assert_close(got, want, torch.float32, field)
+
+
+@interpreted
+@pytest.mark.parametrize("name", ["ties", "gqa-odd-group", "empty-documents"])
+def test_gate_equals_reference(name: str) -> None:
+    from moba_train.attention.kernels import gate as gate_kernels
+
+    case = CASES_BY_NAME[name]
+    seq, inputs = case.sequence(), case.inputs(torch.float16)
+    means = block_means(inputs.k_SGD, seq, case.block_size)
+    sizes = {"block_size": case.block_size, "top_k": case.top_k}
+    assert torch.equal(gate_kernels.select_from_means(inputs.q_THD, means, seq, **sizes), _picks(case, inputs))
+
+
+@interpreted
+def test_block_sums_equal_torch() -> None:
+    from moba_train.attention.kernels import gate as gate_kernels
+
+    case = CASES_BY_NAME["empty-documents"]
+    keys, seq = case.inputs(torch.float32).k_SGD.detach(), case.sequence()
+    actual = gate_kernels.block_sums(keys, seq, case.block_size)
+    assert_close(actual, block_sums(keys, seq, case.block_size), torch.float64)
+
+
+@interpreted
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_routing_lists_every_pick_once(deterministic: bool) -> None:
+    from moba_train.attention.kernels.routing import route
+
+    case = CASES_BY_NAME["last-block-of-one"]
+    inputs = case.inputs(torch.float32)
+    picks = _picks(case, inputs)
+    num_blocks = case.sequence().blocks(case.block_size).num_blocks
+    lists = route(picks, case.key_heads, num_blocks, deterministic=deterministic)
+    group = case.heads // case.key_heads
+    for entry in range(lists.num_lists):
+        start, end = (int(side[entry * lists.stride]) for side in (lists.starts, lists.ends))
+        got = lists.pairs[start:end].tolist()
+        key_head, block = divmod(entry, num_blocks)
+        mine = picks[:, key_head * group : (key_head + 1) * group, 1:] == block
+        t, h, slot = mine.nonzero(as_tuple=True)
+        want = ((t * case.heads + h + key_head * group) * case.top_k + slot + 1).tolist()
+        assert sorted(got) == sorted(want)

@@ -1,0 +1,147 @@
+"""The public ops: what they refuse, which backend they choose, what they save."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+
+import pytest
+import torch
+
+from moba_train.attention import SequenceInfo, full_attention, moba_attention, ops, select_blocks, select_from_means
+
+SEQ = SequenceInfo([0, 8])
+SIZES = {"block_size": 2, "top_k": 2}
+
+
+def q(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.ones(*(shape or (8, 2, 4)), dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "changes", "message"),
+    [
+        ((q(8, 4), q(), q()), {}, "q must be"),
+        ((q(7, 2, 4), q(), q()), {}, "7 rows .* 8 queries"),
+        ((q(), q(7, 2, 4), q(7, 2, 4)), {}, "k must be"),
+        ((q(), q(8, 2, 3), q(8, 2, 3)), {}, "k must be"),
+        ((q(), q(), q(8, 1, 4)), {}, "v must match k"),
+        ((q(8, 3, 4), q(), q()), {}, "multiple of key heads"),
+        ((q(), q(8, 0, 4), q(8, 0, 4)), {}, "multiple of key heads"),
+        ((q(), q(dtype=torch.float64), q()), {}, "share a dtype"),
+        ((q(dtype=torch.int64),) * 3, {}, "floating point"),
+        ((q(), q().to("meta"), q().to("meta")), {}, "share a device"),
+        ((q(), q(), q()), {"top_k": 0}, "top_k"),
+        ((q(), q(), q()), {"block_size": 0}, "block_size"),
+        ((q(), q(), q()), {"block_size": 2.0}, "block_size"),
+        ((q(), q(), q()), {"top_k": True}, "top_k"),
+        ((q(), q(), q()), {"picks": torch.zeros(8, 2, 2)}, "picks must be int32"),
+        ((q(), q(), q()), {"picks": torch.zeros(8, 2, 3, dtype=torch.int32)}, r"picks must be int32 \[8, 2, 2\]"),
+        ((q(), q(), q()), {"backend": "sdpa"}, "does not serve"),
+        ((q(), q(), q()), {"backend": "fast"}, "is not a backend"),
+    ],
+)
+def test_refused(inputs: tuple, changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        moba_attention(*inputs, SEQ, **(SIZES | changes))
+
+
+def test_full_and_gate_check_too() -> None:
+    with pytest.raises(ValueError, match="v must match k"):
+        full_attention(q(), q(), q(8, 1, 4), SEQ)
+    with pytest.raises(ValueError, match="top_k"):
+        select_blocks(q(), q(), SEQ, block_size=2, top_k=-1)
+    with pytest.raises(ValueError, match="4 blocks"):
+        select_from_means(q(), q(3, 2, 4), SEQ, **SIZES)
+
+
+def test_auto_logs_its_choice_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "_logged", set())
+    with caplog.at_level(logging.INFO, logger=ops.__name__):
+        for _ in range(2):
+            moba_attention(q(), q(), q(), SEQ, **SIZES)
+        moba_attention(q(), q(), q(), SEQ, **SIZES, backend="reference")
+    lines = [record.getMessage() for record in caplog.records]
+    assert sum("moba_attention" in line for line in lines) == 1
+    assert any("'portable'" in line and "cpu" in line and "float32" in line for line in lines)
+    assert all(record.levelno == logging.INFO for record in caplog.records)
+
+
+def test_slow_path_of_a_gpu_is_a_warning(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "_logged", set())
+    with caplog.at_level(logging.INFO, logger=ops.__name__):
+        ops._log_choice("moba_attention", "portable", q().to("meta"))
+        ops._log_choice("full_attention", "sdpa", q().to("meta"))
+    assert [record.levelno for record in caplog.records] == [logging.WARNING, logging.INFO]
+
+
+@pytest.mark.parametrize("op", ops._BACKENDS)
+def test_auto_takes_no_kernel_for_fp64_on_a_gpu(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "_logged", set())
+    chosen: list[str] = []
+    monkeypatch.setattr(ops, "_log_choice", lambda op, name, q_THD: chosen.append(name))
+    ops._function(op, "auto", q(dtype=torch.float64).to("meta"))
+    assert chosen in (["portable"], ["reference"])
+
+
+def test_every_registered_backend_has_its_function() -> None:
+    for op, backends in ops._BACKENDS.items():
+        for name in set(backends) - {"triton", "flash"}:
+            assert callable(ops._function(op, name, q()))
+        assert set(backends) <= set(ops._NAMES)
+
+
+def test_dense_path_where_picks_cover(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Taken for covering top_k without picks; never by the reference, never against given picks."""
+
+    class Taken(Exception):
+        pass
+
+    def taken(*_: object, **__: object) -> None:
+        raise Taken
+
+    monkeypatch.setattr(ops, "full_attention", taken)
+    cover = partial(moba_attention, q(), q(), q(), SEQ, block_size=2, top_k=4)
+    for backend in ("auto", "portable"):
+        with pytest.raises(Taken):
+            cover(backend=backend)
+    cover(backend="reference")
+    cover(picks=select_blocks(q(), q(), SEQ, block_size=2, top_k=4))
+    moba_attention(q(), q(), q(), SEQ, block_size=2, top_k=3)
+
+
+@pytest.mark.parametrize("sparse", [True, False], ids=["moba", "full"])
+def test_saves_its_own_inputs_and_outputs_only(sparse: bool) -> None:
+    """Context parallelism drops k and v between the passes by identity of what is saved."""
+    tensors = [torch.randn(8, 2, 4, requires_grad=True) for _ in range(3)]
+    picks = select_blocks(*tensors[:2], SEQ, **SIZES)
+    saved: list[torch.Tensor] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        op = partial(moba_attention, picks=picks, **SIZES) if sparse else full_attention
+        out, lse = op(*tensors, SEQ)
+    expected = [*tensors, out, lse, *([picks] if sparse else [])]
+    assert [tensor.data_ptr() for tensor in saved] == [tensor.data_ptr() for tensor in expected]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_never_waits_for_the_device(dtype: torch.dtype) -> None:
+    seq = SequenceInfo([0, 100, 256])
+    tensors = [torch.randn(256, heads, 16, device="cuda", dtype=dtype, requires_grad=True) for heads in (4, 2, 2)]
+    ops_to_run = [full_attention, partial(moba_attention, block_size=16, top_k=3, backend="portable")]
+    for op in ops_to_run:
+        op(*tensors, seq)  # start-up of libraries may wait
+    fresh = SequenceInfo([0, 100, 256])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for op in ops_to_run:
+            out, lse = op(*tensors, fresh)
+            torch.autograd.grad(out.float().sum() + lse.sum(), tensors)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

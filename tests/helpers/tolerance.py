@@ -1,0 +1,49 @@
+"""The one place that says how close is close enough. Never loosened for a machine or a backend.
+
+fp64 is held to 1e-10 and fp32 to 1e-5, relative to the largest expected value (at least 1: inputs are of that size).
+16-bit types are held to the error that torch makes in the same type against fp64: outputs at most twice, gradients at
+most three times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+__all__ = ["GRAD_NORM_RTOL", "LOSS_RTOL", "TOLERANCE", "assert_close", "assert_gradients", "assert_low_precision"]
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+LOSS_RTOL, GRAD_NORM_RTOL = 1e-5, 1e-4  # of a training curve in fp32 in another parallel layout
+_FACTOR = {"output": 2.0, "gradient": 3.0}
+
+
+def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype, name: str = "tensor") -> None:
+    """Assert equal shape, dtype and infinities, no NaN, and every element within the tolerance of `dtype`."""
+    finite = expected.detach()[expected.isfinite()]
+    largest = float(finite.abs().max()) if finite.numel() else 0.0
+    atol = TOLERANCE[dtype] * max(1.0, largest)
+    torch.testing.assert_close(actual, expected, rtol=0.0, atol=atol, msg=lambda text: f"{name}: {text}")
+
+
+def assert_low_precision(
+    actual: Tensor, same_dtype: Tensor, exact: Tensor, kind: Literal["output", "gradient"], name: str = "tensor"
+) -> None:
+    """Assert that `actual` errs from fp64 `exact` at most twice (gradients: thrice) as much as torch in its own dtype.
+
+    The fp32 tolerance is added, as torch's error is 0 where there is nothing to round.
+    """
+    assert actual.isfinite().all(), f"{name}: not finite"
+    if not exact.numel():
+        return
+    error, baseline = (float((tensor.double() - exact).abs().max()) for tensor in (actual, same_dtype))
+    bound = _FACTOR[kind] * baseline + TOLERANCE[torch.float32]
+    assert error <= bound, f"{name}: error {error:.3e} exceeds {bound:.3e} ({_FACTOR[kind]} x torch's {baseline:.3e})"
+
+
+def assert_gradients(function: Callable[..., Tensor | Sequence[Tensor]], inputs: Sequence[Tensor]) -> None:
+    """Assert that the gradients of `function` at fp64 `inputs` agree with central differences (error ~ step**2)."""
+    step = 1e-5
+    assert torch.autograd.gradcheck(function, tuple(inputs), eps=step, atol=100 * step**2, rtol=100 * step**2)
