@@ -1,0 +1,99 @@
+"""Run a function on several gloo ranks, each its own process, and bring back results or the first failing traceback.
+
+`fn(rank, world_size, *args)` must live at the top of a module and return something picklable. Starting processes
+costs seconds: put many cases into one call.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import pickle
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+__all__ = ["run_distributed"]
+
+
+def run_distributed(fn: Callable, world_size: int, *args: Any, timeout: float = 120) -> list:
+    """The results of `fn(rank, world_size, *args)`, by rank, with a gloo default group initialised.
+
+    Raises AssertionError with the failing ranks' tracebacks, or naming the ranks still running at the timeout.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        context = mp.get_context("spawn")
+        processes = [
+            context.Process(target=_rank_main, args=(fn, rank, world_size, args, folder, timeout))
+            for rank in range(world_size)
+        ]
+        for process in processes:
+            process.start()
+        try:
+            _wait(processes, Path(folder), timeout)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+        return [pickle.loads((Path(folder) / f"{rank}.result").read_bytes()) for rank in range(world_size)]
+
+
+def _wait(processes: list, folder: Path, timeout: float) -> None:
+    deadline = time.monotonic() + timeout
+    while any(process.is_alive() for process in processes):
+        dead = [rank for rank, process in enumerate(processes) if process.exitcode not in (None, 0)]
+        if dead:
+            time.sleep(0.5)  # a failing rank takes others down with it: let the first cause be written
+            raise AssertionError(_report(processes, folder))
+        if time.monotonic() > deadline:
+            running = [rank for rank, process in enumerate(processes) if process.is_alive()]
+            raise AssertionError(f"ranks {running} still running after {timeout} s\n{_report(processes, folder)}")
+        time.sleep(0.02)
+    if any(process.exitcode for process in processes):
+        raise AssertionError(_report(processes, folder))
+
+
+def _report(processes: list, folder: Path) -> str:
+    failures = sorted(folder.glob("*.error"), key=lambda path: path.stat().st_mtime_ns)
+    texts = [f"rank {path.stem} failed:\n{path.read_text()}" for path in failures]
+    stacks = [path for path in sorted(folder.glob("*.stack")) if path.stat().st_size]
+    texts += [f"rank {path.stem} hung at:\n{path.read_text()}" for path in stacks]
+    codes = [process.exitcode for process in processes]
+    return "\n".join([*texts, f"exit codes by rank: {codes}"])
+
+
+def _rank_main(fn: Callable, rank: int, world_size: int, args: tuple, folder: str, timeout: float) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
+    torch.set_num_threads(1)
+    # A rank that hangs says where, shortly before the parent ends it.
+    stack = (Path(folder) / f"{rank}.stack").open("w")
+    faulthandler.dump_traceback_later(0.7 * timeout, file=stack)
+    try:
+        store = dist.FileStore(f"{folder}/store", world_size)
+        dist.init_process_group(
+            "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout)
+        )
+        result = fn(rank, world_size, *args)
+        (Path(folder) / f"{rank}.result").write_bytes(pickle.dumps(result))
+        dist.barrier()
+    except BaseException:
+        (Path(folder) / f"{rank}.error").write_text(traceback.format_exc())
+        _leave(1)
+    _leave(0)
+
+
+def _leave(code: int) -> None:
+    # Tearing gloo's threads down at interpreter exit aborts now and then; the result is on disk already.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
