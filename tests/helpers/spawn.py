@@ -1,4 +1,4 @@
-"""Run a function on several gloo ranks, each its own process, and bring back results or the first failing traceback.
+"""Run a function on several ranks, each its own process, and bring back results or the first failing traceback.
 
 `fn(rank, world_size, *args)` must live at the top of a module and return something picklable. Starting processes
 costs seconds: put many cases into one call.
@@ -25,15 +25,17 @@ import torch.multiprocessing as mp
 __all__ = ["run_distributed"]
 
 
-def run_distributed(fn: Callable, world_size: int, *args: Any, timeout: float = 120) -> list:
-    """The results of `fn(rank, world_size, *args)`, by rank, with a gloo default group initialised.
+def run_distributed(fn: Callable, world_size: int, *args: Any, timeout: float = 120, backend: str = "gloo") -> list:
+    """The results of `fn(rank, world_size, *args)`, by rank, with a default group of `backend` initialised.
+
+    With "nccl" every rank has a GPU of its own as its current device.
 
     Raises AssertionError with the failing ranks' tracebacks, or naming the ranks still running at the timeout.
     """
     with tempfile.TemporaryDirectory() as folder:
         context = mp.get_context("spawn")
         processes = [
-            context.Process(target=_rank_main, args=(fn, rank, world_size, args, folder, timeout))
+            context.Process(target=_rank_main, args=(fn, rank, world_size, args, folder, timeout, backend))
             for rank in range(world_size)
         ]
         for process in processes:
@@ -71,7 +73,9 @@ def _report(processes: list, folder: Path) -> str:
     return "\n".join([*texts, f"exit codes by rank: {codes}"])
 
 
-def _rank_main(fn: Callable, rank: int, world_size: int, args: tuple, folder: str, timeout: float) -> None:
+def _rank_main(
+    fn: Callable, rank: int, world_size: int, args: tuple, folder: str, timeout: float, backend: str
+) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
@@ -80,8 +84,10 @@ def _rank_main(fn: Callable, rank: int, world_size: int, args: tuple, folder: st
     faulthandler.dump_traceback_later(0.7 * timeout, file=stack)
     try:
         store = dist.FileStore(f"{folder}/store", world_size)
+        if backend == "nccl":
+            torch.cuda.set_device(rank)
         dist.init_process_group(
-            "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout)
+            backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout)
         )
         result = fn(rank, world_size, *args)
         (Path(folder) / f"{rank}.result").write_bytes(pickle.dumps(result))

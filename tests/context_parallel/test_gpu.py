@@ -1,0 +1,73 @@
+"""Strategies over NCCL with the kernels of the GPU: picks equal, bf16 no worse than 1.5 times one device's error."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moba_train.attention import SequenceInfo, full_attention, moba_attention, select_blocks
+from moba_train.context_parallel.layout import balanced, zigzag
+from moba_train.context_parallel.wrap import STRATEGIES, wrap
+from tests.helpers.spawn import run_distributed
+
+BOUNDS = [0, 1500, 1500, 1507, 4000, 4096]
+HEADS, KEY_HEADS, HEAD_DIM = 16, 8, 64
+ROUTING = {"block_size": 128, "top_k": 4}
+OPS = {"full": (full_attention, {}), "moba": (moba_attention, ROUTING)}
+LAYOUTS = {"zigzag": zigzag, "balanced": balanced}
+SETTINGS = list(product(OPS, STRATEGIES, LAYOUTS, (True, False)))
+COUNTS = [2, 4]
+
+
+def run(op, tensors: list[Tensor], seq: SequenceInfo, grad: Tensor, **options) -> list[Tensor]:
+    leaves = [x.clone().requires_grad_() for x in tensors]
+    out, _ = op(*leaves, seq, **options)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+
+def rms(x: Tensor, exact: Tensor) -> float:
+    return float((x.double() - exact).square().mean().sqrt())
+
+
+def run_all(rank: int, num_ranks: int, device: str) -> dict[tuple, dict[str, float]]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(BOUNDS[-1], heads, HEAD_DIM) for heads in (HEADS, KEY_HEADS, KEY_HEADS, HEADS)]
+    *low, grad = (torch.randn(shape, generator=generator).to(device, torch.bfloat16) for shape in shapes)
+    whole = SequenceInfo(BOUNDS)
+    picks = select_blocks(low[0], low[1], whole, **ROUTING)
+    references = {}
+    for name, (op, options) in OPS.items():
+        given = {"picks": picks} if name == "moba" else {}
+        exact = run(op, [x.double() for x in low], whole, grad.double(), backend="reference", **given, **options)
+        references[name] = exact, run(op, low, whole, grad, **given, **options)
+    results = {}
+    for name, strategy, layout, overlap in SETTINGS:
+        op, options = OPS[name]
+        positions = torch.tensor(LAYOUTS[layout](BOUNDS[-1], num_ranks, BOUNDS).positions(rank))
+        rows = positions.to(device)
+        wrapped = wrap(op, dist.group.WORLD, strategy, layout=LAYOUTS[layout], gather_heads=2, overlap=overlap)
+        seq = SequenceInfo(BOUNDS, positions)
+        got = run(wrapped, [x[rows] for x in low], seq, grad[rows], **options)
+        exact, single = ([x[rows] for x in tensors] for tensors in references[name])
+        found = zip(("out", "dq", "dk", "dv"), got, single, exact, strict=True)
+        results[name, strategy, layout, overlap] = {what: rms(x, z) / rms(y, z) for what, x, y, z in found}
+    return results
+
+
+@pytest.fixture(scope="module", params=COUNTS)
+def ratios(request) -> list[dict]:
+    if torch.cuda.device_count() < request.param:
+        pytest.skip(f"needs {request.param} GPUs")
+    return run_distributed(run_all, request.param, "cuda", timeout=240, backend="nccl")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: "-".join(map(str, setting)))
+def test_bf16_errs_little_more_than_on_one_device(ratios, setting):
+    for rank, results in enumerate(ratios):
+        for name, ratio in results[setting].items():
+            assert ratio <= 1.5, f"{name} of rank {rank} errs {ratio:.2f} times as much as one device"
