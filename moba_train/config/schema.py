@@ -95,8 +95,10 @@ class ParallelConfig:
     virtual_pipeline: int = 1  # model chunks per pipeline stage (interleaved schedule when > 1)
     context: int = 1
     sequence: bool = False  # sequence parallel: shard activations between tensor-parallel regions
-    context_strategy: str = "all_gather"
-    gather_heads: int | None = None  # key heads of the whole context alive at a time; None: all
+    context_layout: str = "zigzag"  # zigzag | balanced (by document) | contiguous: which rows a context rank holds
+    context_strategy: str = "all_gather"  # all_gather | all_to_all | ring
+    full_context_strategy: str | None = None  # of full-attention layers, where they should differ
+    gather_heads: int | None = None  # all_gather: key heads of the whole context alive at a time; None: all
     distributed_optimizer: bool = True
     overlap_grad_reduce: bool = False
     recompute: str = "none"  # none | selective | full

@@ -19,7 +19,9 @@ _CHOICES = {
     "model.rope_scaling.rope_type": ("default", "linear", "llama3"),
     "attention.backend": ("auto", "reference", "portable", "triton", "flash"),
     "attention.full_backend": ("auto", "reference", "sdpa", "flash"),
-    "parallel.context_strategy": ("all_gather",),
+    "parallel.context_layout": ("zigzag", "balanced", "contiguous"),
+    "parallel.context_strategy": ("all_gather", "all_to_all", "ring"),
+    "parallel.full_context_strategy": (None, "all_gather", "all_to_all", "ring"),
     "parallel.recompute": ("none", "selective", "full"),
     "data.mode": ("packed", "concatenated"),
     "optim.schedule": ("cosine", "wsd", "constant"),
@@ -59,7 +61,7 @@ def data_parallel_size(config: RunConfig, world_size: int) -> int:
 def validate(config: RunConfig, world_size: int) -> None:
     """ConfigError for the first rule that `config` on `world_size` processes breaks."""
     for key, choices in _CHOICES.items():
-        _require(config, key, _get(config, key) in choices, f"choose {', '.join(choices)}")
+        _require(config, key, _get(config, key) in choices, f"choose {', '.join(filter(None, choices))}")
     for least, keys in _AT_LEAST.items():
         for key in keys.split():
             _require(config, key, _get(config, key) >= least, f"must be at least {least}")
@@ -143,7 +145,7 @@ def _check_parallel(config: RunConfig) -> None:
             config,
             "train.sequence_length",
             length % step == 0,
-            f"must divide by 2 x parallel.context = {step} (zigzag); try {-(-length // step) * step}",
+            f"must divide by 2 x parallel.context = {step} ; try {-(-length // step) * step}",
         )
     if parallel.sequence:
         local = length // parallel.context
@@ -152,6 +154,16 @@ def _check_parallel(config: RunConfig) -> None:
             "train.sequence_length",
             local % parallel.tensor == 0,
             f"{local} tokens of a context rank must divide by parallel.tensor={parallel.tensor} (sequence parallel)",
+        )
+    if "all_to_all" in (parallel.context_strategy, parallel.full_context_strategy):
+        queries, keys = model.num_attention_heads // parallel.tensor, model.num_key_value_heads // parallel.tensor
+        _require(
+            config,
+            "parallel.context",
+            queries % parallel.context == 0 and (keys % parallel.context == 0 or parallel.context % keys == 0),
+            f"all_to_all deals {queries} query and {keys} key heads of a tensor rank to the context ranks: choose a "
+            "divisor of the query heads that divides the key heads or is a multiple of them, or another "
+            "parallel.context_strategy",
         )
     if parallel.gather_heads is not None:
         heads = model.num_key_value_heads // parallel.tensor

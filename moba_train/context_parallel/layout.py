@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
 
-__all__ = ["Chunk", "Layout", "LayoutRule", "balanced", "causal_pairs", "contiguous", "zigzag"]
+__all__ = ["RULES", "Chunk", "Layout", "LayoutRule", "balanced", "causal_pairs", "contiguous", "zigzag"]
 
 Chunk = tuple[int, int]  # rows [start, stop)
 
@@ -116,6 +116,9 @@ def balanced(length: int, num_ranks: int, cu_seqlens: Sequence[int] | None = Non
         load[rank] += cost[i]
         dealt[rank].append((i * size, (i + 1) * size))
     return Layout(length, tuple(_coalesce(sorted(chunks)) for chunks in dealt))
+
+
+RULES: dict[str, LayoutRule] = {"zigzag": zigzag, "balanced": balanced, "contiguous": contiguous}
 
 
 def causal_pairs(rows: Iterable[int], cu_seqlens: Sequence[int]) -> list[int]:

@@ -1,0 +1,104 @@
+"""The core_attention of every layer: from megatron-core's packed layout to the op, full or MoBA alike.
+
+megatron-core calls it with packed tokens: q [T, H, D], k and v [S, G, D] without batch, where T == S are the tokens
+this context rank holds and H, G this tensor rank's heads; it returns [T, H * D]. Which kind a layer is comes from
+model/layer_plan.py and may change between steps (`set_layer_plan`); no parameter depends on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.module import MegatronModule
+
+from moba_train.attention import SequenceInfo, full_attention, moba_attention
+from moba_train.context_parallel.layout import LayoutRule
+from moba_train.context_parallel.wrap import wrap
+from moba_train.model.layer_plan import LayerAttention, LayerKind
+from moba_train.model.rope import rotate
+
+__all__ = ["CoreAttention", "RowParams", "set_layer_plan"]
+
+
+@dataclass
+class RowParams(PackedSeqParams):
+    """What every layer needs to know of a micro-batch; rides through megatron-core as its packed_seq_params.
+
+    sequence: global document bounds and this rank's query positions. rotary: cos and sin from `rope.rotary_table`.
+    """
+
+    sequence: SequenceInfo = field(kw_only=True)
+    rotary: tuple[torch.Tensor, torch.Tensor] = field(kw_only=True)
+
+
+_Op = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+_OPS: dict[LayerKind, _Op] = {LayerKind.FULL: full_attention, LayerKind.MOBA: moba_attention}
+
+
+class CoreAttention(MegatronModule):
+    """Rotary embedding, then the layer's op behind its context-parallel wrapper."""
+
+    def __init__(
+        self,
+        config: Any,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        cp_comm_type: str | None = None,
+        softmax_scale: float | None = None,
+        pg_collection: Any = None,
+        attention_dropout: float | None = None,
+        *,
+        layer: LayerAttention,
+        backends: dict[LayerKind, str],
+        strategies: dict[LayerKind, str],
+        layout: LayoutRule,
+        gather_heads: int | None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(config=config)
+        assert attention_type == "self", attention_type
+        assert not attention_dropout, attention_dropout
+        self.layer_number = layer_number
+        self.layer = layer
+        self.backends = backends
+        self.softmax_scale = softmax_scale
+        self.ops: dict[LayerKind, _Op] = {
+            kind: wrap(op, pg_collection.cp, strategies[kind], layout=layout, gather_heads=gather_heads)
+            for kind, op in _OPS.items()
+        }
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        attn_mask_type: Any = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """query [T, H, D], key and value [S, G, D] -> [T, H * D]. Documents come with the row; there is no mask."""
+        assert isinstance(packed_seq_params, RowParams), type(packed_seq_params)
+        assert attention_mask is None, "documents come with the row"
+        assert attention_bias is None, "no bias in these models"
+        q_THD = rotate(query, *packed_seq_params.rotary)
+        k_SGD = rotate(key, *packed_seq_params.rotary)
+        options: dict[str, Any] = {"softmax_scale": self.softmax_scale, "backend": self.backends[self.layer.kind]}
+        if self.layer.kind is LayerKind.MOBA:
+            options |= {"block_size": self.layer.block_size, "top_k": self.layer.top_k}
+        out_THD, _ = self.ops[self.layer.kind](q_THD, k_SGD, value, packed_seq_params.sequence, **options)
+        return out_THD.reshape(out_THD.shape[0], -1)
+
+
+def set_layer_plan(chunks: Iterable[torch.nn.Module], plan: tuple[LayerAttention, ...]) -> None:
+    """Make every layer of these model chunks compute what `plan`, over all layers of the model, says."""
+    for chunk in chunks:
+        for module in chunk.modules():
+            if isinstance(module, CoreAttention):
+                module.layer = plan[module.layer_number - 1]  # megatron-core counts layers from 1

@@ -1,0 +1,144 @@
+"""The built GPTModel: parameters, layers by plan and number, switching, and sparsity zero equal to full attention."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from moba_train.config.schema import AttentionConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from moba_train.model.layer_plan import LayerKind, layer_plan
+from moba_train.train.estimate import parameter_count
+from tests.helpers.spawn import run_distributed
+from tests.helpers.tolerance import assert_close
+
+MODEL = ModelConfig(
+    num_layers=4,
+    hidden_size=32,
+    ffn_hidden_size=48,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    vocab_size=64,
+)
+CONFIG = RunConfig(
+    precision="fp32",
+    model=MODEL,
+    attention=AttentionConfig(pattern="moba*2,full", block_size=8, top_k=2),
+    train=TrainConfig(sequence_length=64),
+)
+VARIANTS = {
+    "tied": MODEL,
+    "untied": dataclasses.replace(MODEL, tie_embeddings=False),
+    "qk_norm": dataclasses.replace(MODEL, qk_norm=True),
+}
+
+
+def _build(config):
+    from moba_train import device as devices
+    from moba_train.model.build import build_model
+    from moba_train.parallel import groups as mesh
+    from moba_train.parallel.seed import seed_everything
+
+    devices.prepare()
+    groups = mesh.initialize(config.parallel, "gloo", devices.local_device())
+    seed_everything(1, groups.pipeline.rank)
+    return build_model(config, groups, devices.local_device())
+
+
+def _rows(config):
+    from moba_train.attention import SequenceInfo
+    from moba_train.model.core_attention import RowParams
+    from moba_train.model.rope import inverse_frequencies, rotary_table
+
+    positions = torch.cat([torch.arange(40), torch.arange(24)])
+    tokens = torch.arange(64)[None] * 7 % 64
+    rotary = rotary_table(positions, inverse_frequencies(config.model))
+    return tokens, positions, RowParams(qkv_format="thd", sequence=SequenceInfo([0, 40, 64]), rotary=rotary)
+
+
+def _one_process(rank, world_size):
+    from megatron.core import parallel_state
+
+    from moba_train.model.core_attention import CoreAttention, set_layer_plan
+
+    found = {"parameters": {}}
+    for name, model in VARIANTS.items():
+        config = dataclasses.replace(CONFIG, model=model)
+        (chunk,) = _build(config)
+        found["parameters"][name] = sum(p.numel() for p in chunk.parameters())
+        parallel_state.destroy_model_parallel()
+
+    (chunk,) = _build(CONFIG)
+    layers = [module for module in chunk.modules() if isinstance(module, CoreAttention)]
+    found["numbers"] = [(module.layer_number, module.layer.kind) for module in layers]
+    tokens, positions, row = _rows(CONFIG)
+
+    def logits(**attention):
+        set_layer_plan([chunk], layer_plan(AttentionConfig(**attention), MODEL.num_layers))
+        with torch.no_grad():
+            return chunk(tokens, positions[None], None, packed_seq_params=row)
+
+    found["full"] = logits(pattern="full")
+    found["sparse"] = logits(pattern="moba", block_size=8, top_k=2)
+    found["sparsity zero"] = logits(pattern="moba", block_size=8, top_k=5)
+    found["full again"] = logits(pattern="full")
+    with torch.no_grad():  # the second document's logits, when the first holds other tokens
+        changed = tokens.clone()
+        changed[0, :40] = 3
+        found["other neighbour"] = chunk(changed, positions[None], None, packed_seq_params=row)
+    return found
+
+
+def _two_stages(rank, world_size, virtual):
+    from megatron.core import parallel_state
+
+    from moba_train.model.core_attention import CoreAttention
+
+    parallel = ParallelConfig(pipeline=2, virtual_pipeline=virtual)
+    chunks = _build(dataclasses.replace(CONFIG, parallel=parallel))
+    found = [
+        (m.layer_number, str(m.layer.kind)) for chunk in chunks for m in chunk.modules() if isinstance(m, CoreAttention)
+    ]
+    parallel_state.destroy_model_parallel()
+    return found
+
+
+def _both_schedules(rank, world_size):
+    return [_two_stages(rank, world_size, virtual) for virtual in (1, 2)]
+
+
+@pytest.fixture(scope="module")
+def built():
+    return run_distributed(_one_process, 1)[0]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_parameters_are_as_many_as_estimated(built, variant):
+    assert built["parameters"][variant] == parameter_count(VARIANTS[variant])
+
+
+def test_layers_are_numbered_from_one_and_follow_the_plan(built):
+    kinds = [layer.kind for layer in layer_plan(CONFIG.attention, MODEL.num_layers)]
+    assert built["numbers"] == list(enumerate(kinds, start=1))
+    assert kinds == [LayerKind.MOBA, LayerKind.MOBA, LayerKind.FULL, LayerKind.MOBA]
+
+
+def test_sparsity_zero_is_full_attention_and_sparsity_is_not(built):
+    assert_close(built["sparsity zero"], built["full"], torch.float32)
+    assert (built["sparse"] - built["full"]).abs().max() > 1e-3
+
+
+def test_switching_there_and_back_changes_nothing(built):
+    assert torch.equal(built["full again"], built["full"])
+
+
+def test_a_document_does_not_see_its_neighbour(built):
+    assert torch.equal(built["other neighbour"][:, 40:], built["full"][:, 40:])
+    assert not torch.equal(built["other neighbour"][:, :40], built["full"][:, :40])
+
+
+def test_pipeline_stages_hold_their_slice_of_the_plan():
+    kinds = ["moba", "moba", "full", "moba"]
+    plain, interleaved = zip(*run_distributed(_both_schedules, 2), strict=True)
+    assert list(plain) == [[(1, kinds[0]), (2, kinds[1])], [(3, kinds[2]), (4, kinds[3])]]
+    assert list(interleaved) == [[(1, kinds[0]), (3, kinds[2])], [(2, kinds[1]), (4, kinds[3])]]
