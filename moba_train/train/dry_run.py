@@ -1,0 +1,51 @@
+"""`dry_run=true`: what a run would be, printed without building any of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+from moba_train.config.schema import RunConfig, to_dict
+from moba_train.config.validate import data_parallel_size
+from moba_train.model.layer_plan import LayerKind, describe, layer_plan
+from moba_train.train.estimate import memory_gib, parameter_count
+from moba_train.train.flops import matmul_flops_per_token, training_flops
+from moba_train.train.report import print_table
+
+__all__ = ["print_plan"]
+
+
+def print_plan(config: RunConfig, world_size: int) -> None:
+    """Resolved recipe, layer plan, layout, parameters, FLOPs per token and estimated memory of a validated run."""
+    model, parallel, train = config.model, config.parallel, config.train
+    plan = layer_plan(config.attention, model.num_layers)
+    dp = data_parallel_size(config, world_size)
+    length = train.sequence_length
+    flops = training_flops(model, plan, [length]) / length
+    full = layer_plan(dataclasses.replace(config.attention, pattern="full"), model.num_layers)
+    dense = training_flops(model, full, [length]) / length
+    tokens = train.global_batch_size * length
+
+    print(json.dumps(to_dict(config), indent=2))
+    print_table(
+        f"{config.recipe}: {model.name} on {world_size} GPUs",
+        [
+            ("layer plan", describe(plan)),
+            ("full layers", ", ".join(str(i) for i, x in enumerate(plan) if x.kind is LayerKind.FULL) or "none"),
+            (
+                "tensor x pipeline x context x data",
+                f"{parallel.tensor} x {parallel.pipeline} x {parallel.context} x {dp}",
+            ),
+            ("layers per stage", model.num_layers // (parallel.pipeline * parallel.virtual_pipeline)),
+            ("tokens per GPU and row", length // parallel.context),
+            ("micro-batches per step and rank", train.global_batch_size // dp),
+            ("tokens per step", tokens),
+            ("tokens in all", tokens * train.steps),
+            ("parameters", parameter_count(model)),
+            ("FLOPs per token, forward and backward", f"{flops:.4g}"),
+            ("  of these in matrix products", f"{3 * matmul_flops_per_token(model):.4g}"),
+            ("  if every layer were full", f"{dense:.4g} ({dense / flops:.2f} x)"),
+        ],
+    )
+    rows = [(name, f"{size:.2f}") for name, size in memory_gib(config, world_size).items()]
+    print_table("Estimated memory per GPU, GiB", rows)

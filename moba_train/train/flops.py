@@ -1,0 +1,55 @@
+"""Floating-point operations a model needs, counted per layer kind: what MFU and the start-up log are made of.
+
+A MoBA layer is charged for the query-key pairs it computes (own block causal, picked earlier blocks whole) and for its
+gate; a full layer for all causal pairs. One multiply-add is two operations; backward counts twice forward,
+recomputation not at all (model FLOPs, PaLM, arXiv 2204.02311, appendix B). The gate has no backward. All counts are for
+whole rows, over all ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from moba_train.config.schema import ModelConfig
+from moba_train.model.layer_plan import LayerAttention, LayerKind
+
+__all__ = ["attention_pairs", "gate_pairs", "matmul_flops_per_token", "training_flops"]
+
+
+def attention_pairs(layer: LayerAttention, length: int) -> int:
+    """Query-key pairs one head computes over one document of `length` tokens."""
+    if layer.kind is LayerKind.FULL:
+        return length * (length + 1) // 2
+    block, earlier = layer.block_size, layer.top_k - 1
+    whole, rest = divmod(length, block)
+    own = whole * block * (block + 1) // 2 + rest * (rest + 1) // 2
+    # A query in block b picks min(b, earlier) earlier blocks, all of them full.
+    picks_per_offset = sum(min(b, earlier) for b in range(min(whole, earlier))) + max(whole - earlier, 0) * earlier
+    return own + block * block * picks_per_offset + rest * block * min(whole, earlier)
+
+
+def gate_pairs(layer: LayerAttention, length: int) -> int:
+    """Query-block scores one head computes over one document; none in a full layer."""
+    if layer.kind is LayerKind.FULL:
+        return 0
+    whole, rest = divmod(length, layer.block_size)
+    return layer.block_size * whole * (whole - 1) // 2 + rest * whole
+
+
+def matmul_flops_per_token(model: ModelConfig) -> int:
+    """Forward operations of one token in projections, MLP and output layer."""
+    heads = model.num_attention_heads + 2 * model.num_key_value_heads
+    layer = model.hidden_size * (heads + model.num_attention_heads) * model.head_dim
+    layer += 3 * model.hidden_size * model.ffn_hidden_size
+    return 2 * (model.num_layers * layer + model.hidden_size * model.vocab_size)
+
+
+def training_flops(model: ModelConfig, plan: tuple[LayerAttention, ...], lengths: Iterable[int]) -> int:
+    """Forward and backward operations of documents of these lengths through the whole model."""
+    total = 0
+    width = model.num_attention_heads * model.head_dim
+    for length in lengths:
+        total += 3 * matmul_flops_per_token(model) * length
+        for layer in plan:
+            total += 3 * 4 * width * attention_pairs(layer, length) + 2 * width * gate_pairs(layer, length)
+    return total

@@ -1,0 +1,183 @@
+"""The training loop: step, measure, validate, save, until the last step or a signal."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import signal
+import time
+from typing import Any
+
+import torch.distributed as dist
+
+from moba_train import device as devices
+from moba_train.config.schema import RunConfig
+from moba_train.data.info import dataset_info
+from moba_train.model.layer_plan import describe, layer_plan
+from moba_train.train import checkpoint
+from moba_train.train.dry_run import print_plan
+from moba_train.train.metrics import Metrics, read_metrics
+from moba_train.train.report import draw, print_table
+from moba_train.train.setup import Run, close, preflight, setup
+from moba_train.train.step import StepResult, train_step, validate_model
+
+__all__ = ["pretrain"]
+
+
+def pretrain(config: RunConfig) -> int:
+    """Train as configured, or print the plan of a dry run. Returns the exit code; the preflight raises ConfigError."""
+    logging.basicConfig(format="%(message)s")
+    first = os.environ.get("RANK", "0") == "0"
+    logging.getLogger("moba_train").setLevel(logging.INFO if first else logging.ERROR)
+    world_size = preflight(config)
+    if config.dry_run:
+        print_plan(config, world_size)
+        return 0
+    stop = _StopSignal()
+    try:
+        _train(setup(config), stop)
+    finally:
+        close()
+    return 0
+
+
+class _StopSignal:
+    """SIGTERM and Ctrl-C ask for a checkpoint and a clean end; a second Ctrl-C ends at once."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        signal.signal(signal.SIGTERM, self._note)
+        signal.signal(signal.SIGINT, self._note)
+
+    def _note(self, number: int, frame: Any) -> None:
+        if number == signal.SIGINT and self.received == "SIGINT":
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name
+
+
+def _train(run: Run, stop: _StopSignal) -> None:
+    config, first = run.config, run.groups.world_rank == 0
+    metrics = Metrics(config, run.folder, run.step, enabled=first)
+    clock = _Clock(run.step)
+    try:
+        if first:
+            _announce(run, metrics)
+        validated = saved = -1
+        stopped = False
+        while run.step < config.train.steps and not stopped:
+            plan_before = describe(layer_plan(config.attention, config.model.num_layers, max(run.step - 1, 0)))
+            plan = describe(layer_plan(config.attention, config.model.num_layers, run.step))
+            with clock:
+                result = train_step(run, stop.received is not None)
+            stopped = result.stop
+            if first and (run.step % config.metrics.log_every == 0 or run.step == config.train.steps):
+                record = _record(run, result, clock)
+                if plan != plan_before or clock.steps == 1:
+                    record["layer_plan"] = plan
+                metrics.write(record)
+                metrics.show(run.step, config.train.steps, record, clock.eta(config.train.steps - run.step))
+            every = config.train.validate_every
+            if every and run.step % every == 0:
+                _validate(run, metrics)
+                validated = run.step
+            every = config.checkpoint.save_every
+            if every and run.step % every == 0:
+                checkpoint.save(run)
+                saved = run.step
+        if saved != run.step and clock.steps:
+            path = checkpoint.save(run)
+            if stopped:
+                metrics.say(
+                    f"Stopped by {stop.received or 'a signal'} at step {run.step}; saved {path}. Run again to go on."
+                )
+        if validated != run.step and not stopped:
+            _validate(run, metrics)
+    finally:
+        metrics.close()
+    if first and not stopped:
+        _summarise(run, clock)
+    dist.barrier()
+
+
+class _Clock:
+    """Wall time of training steps alone: validation and checkpoints do not count."""
+
+    def __init__(self, first_step: int) -> None:
+        self.seconds = self.last = 0.0
+        self.steps = 0
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *exc: object) -> None:
+        self.last = time.perf_counter() - self._start  # a step ends with numbers on the host: the device is done
+        self.seconds += self.last
+        self.steps += 1
+
+    def eta(self, steps: int) -> float:
+        """Seconds for that many more steps at the mean pace."""
+        return self.seconds / max(self.steps, 1) * steps
+
+
+def _record(run: Run, result: StepResult, clock: _Clock) -> dict[str, Any]:
+    rate = result.flops / clock.last / run.groups.world_size
+    return {
+        "step": run.step,
+        "loss": result.loss,
+        "grad_norm": result.grad_norm,
+        "learning_rate": result.learning_rate,
+        "tokens": run.tokens,
+        "tokens_per_second": result.tokens / clock.last,
+        "tflops_per_gpu": rate / 1e12,
+        "mfu": rate / devices.peak_flops()[0],
+        "memory_gib": devices.peak_memory_gib(),
+    }
+
+
+def _validate(run: Run, metrics: Metrics) -> None:
+    result = validate_model(run)
+    by_position = [None if math.isnan(loss) else loss for loss in result.by_position]
+    metrics.write({"step": run.step, "validation_loss": result.loss, "validation_loss_by_position": by_position})
+    metrics.say(f"step {run.step}: validation loss {result.loss:.4f}")
+
+
+def _announce(run: Run, metrics: Metrics) -> None:
+    config, groups = run.config, run.groups
+    plan = layer_plan(config.attention, config.model.num_layers, run.step)
+    axes = ", ".join(f"{axis} {getattr(groups, axis).size}" for axis in ("tensor", "pipeline", "context", "data"))
+    hardware = f"{groups.world_size} x {devices.device_name()}"
+    peak, source = devices.peak_flops()
+    metrics.say(f"{config.recipe}: {config.model.name} on {hardware}, {config.precision}; {axes}")
+    metrics.say(f"layers: {describe(plan)}; MFU against {peak / 1e12:.3g} TFLOP/s ({source})")
+    if run.step:
+        metrics.say(f"going on from step {run.step}")
+
+
+def _summarise(run: Run, clock: _Clock) -> None:
+    config = run.config
+    step_tokens = config.train.global_batch_size * config.train.sequence_length
+    pictures = draw(run.folder, config.train.sequence_length)
+    records = read_metrics(run.folder)
+    last: dict[str, Any] = next((r for r in reversed(records) if "loss" in r), {})
+    validation = next((r["validation_loss"] for r in reversed(records) if "validation_loss" in r), float("nan"))
+    rows: list[tuple[str, Any]] = [
+        ("steps", run.step),
+        ("tokens", run.tokens),
+        ("training loss, nats per token", last.get("loss", float("nan"))),
+        ("validation loss, nats per token", validation),
+    ]
+    if config.data.path is not None:  # a blend has no single number of bytes per token
+        text = dataset_info(config.data.path)
+        rows += [
+            ("validation loss, nats per byte", validation / text.bytes_per_token),
+            ("  a unigram model of the tokens", text.unigram_loss_per_byte),
+        ]
+    rows += [
+        ("training time, s", clock.seconds),
+        ("tokens per second", step_tokens * clock.steps / max(clock.seconds, 1e-9)),
+        ("MFU", f"{last.get('mfu', 0):.1%}"),
+        ("peak memory, GiB", devices.peak_memory_gib()),
+    ]
+    print_table(f"{config.recipe} finished", rows)
+    print(*(f"picture: {path}" for path in pictures), f"checkpoint and metrics: {run.folder}", sep="\n")

@@ -1,0 +1,73 @@
+"""The end of a run for a person: loss.png, loss_by_position.png and the summary table."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from moba_train.train.metrics import read_metrics
+
+__all__ = ["draw", "print_table"]
+
+
+def draw(folder: Path, sequence_length: int) -> list[Path]:
+    """Draw the pictures of a run from its metrics.jsonl; the paths of those that had data."""
+    records = read_metrics(folder)
+    pictures = []
+    train = [(r["step"], r["loss"]) for r in records if "loss" in r]
+    validation = [(r["step"], r["validation_loss"]) for r in records if "validation_loss" in r]
+    if train or validation:
+        figure, axes = _figure()
+        if train:
+            axes.plot(*zip(*train, strict=True), label="train", linewidth=1)
+        if validation:
+            axes.plot(*zip(*validation, strict=True), "o-", label="validation", markersize=4)
+        axes.set(xlabel="step", ylabel="loss (nats per token)", title=folder.name)
+        axes.legend()
+        pictures.append(_save(figure, folder / "loss.png"))
+    by_position = [r for r in records if "validation_loss_by_position" in r]
+    if by_position:
+        figure, axes = _figure()
+        for record in by_position[:: max(1, len(by_position) // 4)][-5:]:
+            losses = record["validation_loss_by_position"]
+            width = sequence_length / len(losses)
+            points = [((i + 0.5) * width, loss) for i, loss in enumerate(losses) if loss is not None]
+            if points:
+                axes.plot(*zip(*points, strict=True), "o-", markersize=3, label=f"step {record['step']}")
+        axes.set(
+            xlabel="position in the document (tokens)", ylabel="validation loss (nats per token)", title=folder.name
+        )
+        axes.legend()
+        pictures.append(_save(figure, folder / "loss_by_position.png"))
+    return pictures
+
+
+def print_table(title: str, rows: list[tuple[str, Any]]) -> None:
+    """A two-column table; numbers get thousands separators and sensible digits."""
+    table = Table(title=title, show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, _format(value))
+    Console().print(table)
+
+
+def _format(value: Any) -> str:
+    if isinstance(value, float):
+        return "nan" if math.isnan(value) else f"{value:,.4f}" if abs(value) < 100 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _figure() -> tuple[Figure, Any]:
+    figure = Figure(figsize=(8, 4.5), layout="tight")  # without pyplot: no display, no global state
+    return figure, figure.subplots()
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    figure.savefig(path, dpi=120)
+    return path

@@ -1,0 +1,125 @@
+"""From a RunConfig to everything a training loop holds; every refusal happens in `preflight`, before any process group.
+
+Order: preflight (no process group, no GPU), device, process groups, run folder, model and optimizer, data, checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from moba_train import device as devices
+from moba_train.config.schema import ConfigError, RunConfig
+from moba_train.config.validate import min_world_size, validate
+from moba_train.data.loader import Loader
+from moba_train.data.pretrain import PretrainData, build_datasets
+from moba_train.data.validate import check_data
+from moba_train.model.build import build_model
+from moba_train.model.layer_plan import layer_plan
+from moba_train.model.rope import inverse_frequencies
+from moba_train.parallel import groups as mesh
+from moba_train.parallel.seed import seed_everything
+from moba_train.train import checkpoint
+from moba_train.train.optimizer import build_optimizer, build_scheduler
+
+__all__ = ["Run", "close", "preflight", "setup"]
+
+
+@dataclass
+class Run:
+    """A run in progress: `step` optimizer steps are done. frequencies: rotary angles per position, fp64 [D/2]."""
+
+    config: RunConfig
+    groups: mesh.Groups
+    device: torch.device
+    folder: Path
+    chunks: list[DistributedDataParallel]
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    data: PretrainData
+    loader: Loader
+    frequencies: torch.Tensor
+    step: int = 0
+    tokens: int = 0
+
+
+def preflight(config: RunConfig) -> int:
+    """The world size this run has, or pretends to have; ConfigError if anything in it cannot work.
+
+    A dry run needs neither data nor checkpoints, so that a recipe can be looked at anywhere.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if config.dry_run:
+        world_size = config.world_size or min_world_size(config)
+    else:
+        world_size = started
+        if config.world_size not in (None, started):
+            raise ConfigError(
+                "world_size",
+                config.world_size,
+                f"torchrun started {started} process(es); leave it out, or add dry_run=true to pretend",
+            )
+    validate(config, world_size)
+    layer_plan(config.attention, config.model.num_layers)
+    if not config.dry_run:
+        check_data(config.data, vocab_size=config.model.vocab_size, sequence_length=config.train.sequence_length)
+        checkpoint.check(config)
+    return world_size
+
+
+def setup(config: RunConfig) -> Run:
+    """Build the run on this process; `preflight` has passed."""
+    devices.prepare()
+    device = devices.local_device()
+    groups = mesh.initialize(config.parallel, devices.collective_backend(), device)
+    seed_everything(config.train.seed, groups.pipeline.rank)
+    folder = _shared_folder(config)
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(folder)))
+
+    chunks = build_model(config, groups, device)
+    optimizer = build_optimizer(config, chunks)
+    batch = config.train.global_batch_size
+    data = build_datasets(
+        config.data,
+        sequence_length=config.train.sequence_length,
+        train_samples=config.train.steps * batch,
+        valid_samples=config.train.validation_batches * batch,
+        cache_dir=config.data.cache_dir,
+    )
+    run = Run(
+        config=config,
+        groups=groups,
+        device=device,
+        folder=folder,
+        chunks=chunks,
+        optimizer=optimizer,
+        scheduler=build_scheduler(config, optimizer),
+        data=data,
+        loader=Loader(data.train, global_batch_size=batch, dp_rank=groups.data.rank, dp_size=groups.data.size),
+        frequencies=inverse_frequencies(config.model).to(device),
+    )
+    checkpoint.restore(run)
+    return run
+
+
+def close() -> None:
+    """Leave the process groups; safe when `setup` never finished."""
+    mesh.close()
+
+
+def _shared_folder(config: RunConfig) -> Path:
+    """The run folder, chosen by rank 0 and told to all ranks."""
+    folder = [config.run.dir or f"runs/{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"]
+    dist.broadcast_object_list(folder)
+    path = Path(folder[0]).absolute()
+    path.mkdir(parents=True, exist_ok=True)
+    return path

@@ -1,0 +1,81 @@
+"""Small training runs for tests: a corpus of real text, a tiny hybrid model, losses and gradient norms step by step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from moba_train.config.compose import compose
+from moba_train.config.schema import RunConfig
+
+__all__ = ["SMALL", "corpus", "losses", "losses_of_layouts", "small_config"]
+
+# Recipe tiny shrunk to milliseconds a step: four layers, MoBA and full in turn, documents of many blocks.
+SMALL = [
+    "recipe=tiny",
+    "model.hidden_size=32",
+    "model.ffn_hidden_size=64",
+    "model.num_attention_heads=4",
+    "model.head_dim=8",
+    "model.vocab_size=512",
+    "attention.pattern=moba,full",
+    "attention.dense_last_layers=0",
+    "attention.block_size=16",
+    "attention.top_k=3",
+    "train.sequence_length=128",
+    "train.global_batch_size=4",
+    "train.steps=20",
+    "train.validate_every=0",
+    "train.validation_batches=1",
+    "optim.warmup_steps=2",
+    "checkpoint.save_every=0",
+]
+
+
+def corpus(folder: Path) -> Path:
+    """A prepared folder made from a few sources of this package; the same text on every call."""
+    from moba_train.data.prepare import PrepareArguments, prepare
+
+    package = Path(__file__).resolve().parents[2] / "moba_train"
+    sources = sorted(str(path) for path in (package / "config").glob("*.py"))
+    prepare(PrepareArguments(inputs=tuple(sources), output=str(folder), vocab_size=384, valid_fraction=0.3))
+    return folder
+
+
+def small_config(data: Path, run: Path, *overrides: str) -> RunConfig:
+    """`SMALL` on this corpus and run folder."""
+    return compose([*SMALL, f"data.path={data}", f"run.dir={run}", *overrides])
+
+
+def losses(config: RunConfig, steps: int, save: bool = False) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of `steps` steps from where the configuration starts; then perhaps a checkpoint."""
+    from megatron.core import parallel_state
+
+    from moba_train.train import checkpoint
+    from moba_train.train.setup import preflight, setup
+    from moba_train.train.step import train_step
+
+    torch.set_num_threads(1)
+    preflight(config)
+    run = setup(config)
+    try:
+        results = [train_step(run, stop_requested=False) for _ in range(steps)]
+        if save:
+            checkpoint.save(run)
+        return [(result.loss, result.grad_norm) for result in results]
+    finally:
+        parallel_state.destroy_model_parallel()  # the process group belongs to the spawned test
+
+
+def losses_of_layouts(
+    rank: int, world_size: int, data: Path, root: Path, layouts: dict[str, list[str]], steps: int
+) -> dict[str, list[tuple[float, float]]]:
+    """Per named layout, the curve from the initial weights saved in root/initial (saved now, if none are there)."""
+    if not (root / "initial").exists():
+        assert world_size == 1
+        losses(small_config(data, root / "initial"), 0, save=True)
+    start = [f"checkpoint.load={root / 'initial'}", "checkpoint.load_weights_only=true"]
+    return {
+        name: losses(small_config(data, root / name, *start, *overrides), steps) for name, overrides in layouts.items()
+    }

@@ -1,0 +1,160 @@
+"""Stopped at any step, a run resumes bit by bit; saved in one layout, it loads in another; damage is named."""
+
+import json
+import shutil
+
+import pytest
+
+from moba_train.config.schema import ConfigError
+from moba_train.train import checkpoint
+from tests.helpers.spawn import run_distributed
+from tests.helpers.tolerance import GRAD_NORM_RTOL, LOSS_RTOL
+from tests.helpers.training import corpus, losses, small_config
+
+TWO_RANKS = {
+    "data": [],
+    "tensor": ["parallel.tensor=2", "parallel.sequence=true"],
+    "pipeline": ["parallel.pipeline=2", "parallel.virtual_pipeline=2"],
+    "context": ["parallel.context=2"],
+    "overlapped": ["parallel.overlap_grad_reduce=true"],
+    "bf16": ["precision=bf16"],
+}
+STOP, STEPS = 3, 6
+
+pytestmark = pytest.mark.timeout(900)  # a spawned run has its own, shorter limit
+
+
+def _straight_and_resumed(rank, world_size, data, root, layouts):
+    """Per layout: the curve in one go, and the curve of a run stopped at STOP (and left there) then resumed."""
+    curves = {}
+    for name, overrides in layouts.items():
+        straight = losses(small_config(data, root / f"{name}-straight", *overrides), STEPS)
+        halved = small_config(data, root / name, *overrides)
+        first = losses(halved, STOP, save=True)
+        curves[name] = (straight, first + losses(halved, STEPS - STOP))
+    return curves
+
+
+def _resume_elsewhere(rank, world_size, data, root, layouts):
+    start = f"checkpoint.load={root / 'one'}"
+    return {
+        name: losses(small_config(data, root / f"elsewhere-{name}", start, *overrides), STEPS - STOP)
+        for name, overrides in layouts.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("checkpoint")
+
+
+@pytest.fixture(scope="module")
+def data(root):
+    return corpus(root / "data")
+
+
+@pytest.fixture(scope="module")
+def one_process(root, data):
+    """(straight, resumed) curves of one process; its checkpoint of step STOP stays in root/one."""
+    return run_distributed(_straight_and_resumed, 1, data, root, {"one": []})[0]["one"]
+
+
+def test_one_process_resumes_bit_identically(one_process):
+    straight, resumed = one_process
+    assert resumed == straight
+
+
+def test_two_ranks_resume_bit_identically(root, data):
+    curves = run_distributed(_straight_and_resumed, 2, data, root, TWO_RANKS, timeout=240)[0]
+    for layout, (straight, resumed) in curves.items():
+        assert resumed == straight, layout
+
+
+def test_saved_by_one_loaded_by_two(root, data, one_process):
+    straight, _ = one_process
+    layouts = {
+        "data": [],
+        "tensor": ["parallel.tensor=2"],
+        "pipeline": ["parallel.pipeline=2"],
+        "context": ["parallel.context=2"],
+    }
+    for layout, found in run_distributed(_resume_elsewhere, 2, data, root, layouts)[0].items():
+        for (loss, norm), (expected_loss, expected_norm) in zip(found, straight[STOP:], strict=True):
+            assert loss == pytest.approx(expected_loss, rel=LOSS_RTOL), layout
+            assert norm == pytest.approx(expected_norm, rel=GRAD_NORM_RTOL), layout
+
+
+class TestDamage:
+    """What `check` refuses before a process group exists, and the checksum finds after."""
+
+    @pytest.fixture
+    def copy(self, root, one_process, tmp_path):
+        shutil.copytree(root / "one" / "checkpoints", tmp_path / "checkpoints")
+        return tmp_path / "checkpoints" / f"step_{STOP:08d}"
+
+    def config(self, data, copy, *overrides):
+        return small_config(data, copy.parent.parent, *overrides)
+
+    def test_an_intact_one_passes_and_remembers(self, data, copy):
+        checkpoint.check(self.config(data, copy))
+        metadata = checkpoint.read_metadata(copy)
+        assert metadata.step == STOP
+        assert metadata.data == {"consumed_samples": STOP * 4}
+        assert [layer["kind"] for layer in metadata.plan] == ["moba", "full", "moba", "full"]
+        assert metadata.config["attention"]["block_size"] == 16
+
+    def test_a_truncated_file_is_named(self, data, copy):
+        victim = max(copy.glob("*.distcp"), key=lambda file: file.stat().st_size)
+        victim.write_bytes(victim.read_bytes()[:-1])
+        with pytest.raises(ConfigError, match=victim.name):
+            checkpoint.check(self.config(data, copy))
+
+    def test_a_missing_file_is_named(self, data, copy):
+        (copy / "common.pt").unlink()
+        with pytest.raises(ConfigError, match=r"common\.pt"):
+            checkpoint.check(self.config(data, copy))
+
+    def test_broken_metadata_is_named(self, data, copy):
+        (copy / "moba_train.json").write_text("{")
+        with pytest.raises(ConfigError, match=r"moba_train\.json"):
+            checkpoint.check(self.config(data, copy))
+
+    def test_an_altered_byte_is_found_by_checksum(self, data, copy):
+        victim = max(copy.glob("*.distcp"), key=lambda file: file.stat().st_size)
+        content = bytearray(victim.read_bytes())
+        content[len(content) // 2] ^= 1
+        victim.write_bytes(content)
+        with pytest.raises(AssertionError, match=f"{victim.name} is not the file that was saved"):
+            run_distributed(_load_damaged, 1, self.config(data, copy))
+
+    def test_another_model_shape_is_refused_by_key(self, data, copy):
+        with pytest.raises(ConfigError) as caught:
+            checkpoint.check(self.config(data, copy, "model.ffn_hidden_size=128"))
+        assert caught.value.key == "model.ffn_hidden_size"
+
+    def test_a_folder_without_checkpoint_is_refused(self, data, tmp_path):
+        with pytest.raises(ConfigError, match="no checkpoint there"):
+            checkpoint.check(small_config(data, tmp_path, f"checkpoint.load={tmp_path}"))
+
+    def test_a_marker_that_points_nowhere_is_named(self, data, copy):
+        (copy.parent / "latest").write_text("step_00000099")
+        with pytest.raises(ConfigError, match="step_00000099"):
+            checkpoint.check(self.config(data, copy))
+
+
+def _load_damaged(rank, world_size, config):
+    losses(config, 0)
+
+
+def _save_often(rank, world_size, data, run):
+    for _ in range(3):
+        losses(small_config(data, run, "checkpoint.keep_last=2"), 1, save=True)
+
+
+def test_only_the_last_checkpoints_are_kept_and_latest_is_the_newest(root, data):
+    run = root / "kept"
+    run_distributed(_save_often, 1, data, run)
+    folders = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert folders == ["latest", "step_00000002", "step_00000003"]
+    assert (run / "checkpoints" / "latest").read_text() == "step_00000003"
+    assert json.loads((run / "checkpoints" / "step_00000003" / "moba_train.json").read_text())["tokens"] == 3 * 4 * 128

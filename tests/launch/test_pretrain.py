@@ -1,0 +1,155 @@
+"""The launch scripts as a person uses them: torchrun and plain python, signals, resume, messages and exit codes."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from moba_train.config.compose import compose, group_options
+from moba_train.config.validate import min_world_size
+from moba_train.train.loop import pretrain
+from moba_train.train.metrics import read_metrics
+from tests.helpers.training import SMALL, corpus
+
+ROOT = Path(__file__).resolve().parents[2]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+PRETRAIN = ["launch/pretrain.py", *SMALL]
+KEYS = {
+    *("step", "loss", "grad_norm", "learning_rate", "tokens", "tokens_per_second", "tflops_per_gpu", "mfu"),
+    "memory_gib",
+}
+
+
+def start(*command: str) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "120"}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        environment.pop(name, None)
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen, timeout: float = 150) -> tuple[int, str]:
+    try:
+        text, _ = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    return process.returncode, text
+
+
+def wait_for_steps(folder: Path, steps: int, process: subprocess.Popen, timeout: float = 120) -> None:
+    deadline = time.monotonic() + timeout
+    while not (folder / "metrics.jsonl").exists() or len(read_metrics(folder)) < steps:
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise AssertionError(f"no {steps} steps in time:\n{finish(process)[1]}")
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return corpus(tmp_path_factory.mktemp("launch") / "data")
+
+
+def test_two_ranks_stop_on_sigterm_and_resume_to_the_end(data, tmp_path):
+    run = tmp_path / "run"
+    command = [*TORCHRUN, *PRETRAIN, f"data.path={data}", f"run.dir={run}", "train.validate_every=2"]
+    process = start(*command, "train.steps=5000")
+    wait_for_steps(run, 3, process)
+    os.killpg(process.pid, signal.SIGTERM)  # as a terminal or a batch system does it: to every process of the job
+    _, text = finish(process)
+    assert "Stopped by SIGTERM" in text
+    marker = (run / "checkpoints" / "latest").read_text()
+    stopped = int(marker.removeprefix("step_"))
+    assert stopped >= 2
+
+    code, text = finish(start(*command, f"train.steps={stopped + 3}", "wandb.mode=offline"))
+    assert code == 0, text
+    assert f"going on from step {stopped}" in text
+    for line in (
+        "validation loss, nats per byte",
+        "a unigram model",
+        "peak memory",
+        "loss.png",
+        "loss_by_position.png",
+    ):
+        assert line in text
+    assert "Traceback" not in text
+    assert "Warning" not in text
+    assert {"loss.png", "loss_by_position.png", "metrics.jsonl", "wandb"} <= {path.name for path in run.iterdir()}
+    steps = [record for record in read_metrics(run) if "loss" in record]
+    assert [record["step"] for record in steps] == list(range(1, stopped + 4))
+    assert all(set(record) >= KEYS for record in steps)
+    assert "layer_plan" in steps[0]
+    validations = [record for record in read_metrics(run) if "validation_loss" in record]
+    assert validations[-1]["step"] == stopped + 3
+    assert len(validations[-1]["validation_loss_by_position"]) == 16
+
+
+def test_ctrl_c_saves_and_exits_zero_without_torchrun(data, tmp_path):
+    run = tmp_path / "run"
+    process = start(sys.executable, *PRETRAIN, f"data.path={data}", f"run.dir={run}", "train.steps=5000")
+    wait_for_steps(run, 2, process)
+    process.send_signal(signal.SIGINT)
+    code, text = finish(process)
+    assert code == 0, text
+    assert "Stopped by SIGINT" in text
+    step = (run / "checkpoints" / "latest").read_text()
+    assert json.loads((run / "checkpoints" / step / "moba_train.json").read_text())["step"] >= 2
+
+
+@pytest.mark.parametrize(
+    "overrides, said",
+    [
+        (["data.path=nowhere"], "prepare_data.py"),
+        (["model.vocab_size=64"], "model.vocab_size=64"),
+        (["world_size=8"], "dry_run=true"),
+        (["attention.pattern=dense"], "attention.pattern='dense'"),
+        (["checkpoint.load=nowhere"], "no checkpoint there"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing_behind(data, tmp_path, overrides, said, capsys, monkeypatch):
+    from moba_train.config.compose import run_command_line
+
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    run = tmp_path / "run"
+    code = run_command_line(pretrain, "", [*SMALL, f"data.path={data}", f"run.dir={run}", *overrides])
+    error = capsys.readouterr().err
+    assert code == 2
+    assert said in error
+    assert len(error.splitlines()) == 1
+    assert not run.exists()
+
+
+@pytest.mark.parametrize("recipe", group_options("recipe"))
+@pytest.mark.parametrize("copies", [1, 4])
+def test_every_recipe_dry_runs_on_any_number_of_pretended_gpus(recipe, copies, capsys):
+    world_size = copies * min_world_size(compose([f"recipe={recipe}"]))
+    overrides = [f"recipe={recipe}", "dry_run=true", f"world_size={world_size}"]
+    assert pretrain(compose([*overrides, f"train.global_batch_size={8 * copies}"])) == 0
+    text = capsys.readouterr().out
+    assert re.search(rf"{recipe}: \S+ on {world_size} GPUs", text)
+    for line in ("layer plan", "parameters", "FLOPs per token", "total", '"sequence_length"'):
+        assert line in text
+
+
+def test_help_needs_no_torch():
+    script = (
+        "import sys; from moba_train.config.compose import run_command_line; "
+        "run_command_line(None, 'doc', ['--help']); sys.exit('torch' in sys.modules)"
+    )
+    code, text = finish(start(sys.executable, "-c", script))
+    assert code == 0
+    assert "attention" in text

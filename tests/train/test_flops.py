@@ -1,0 +1,65 @@
+"""FLOPs, parameters and memory: closed forms against counting one by one."""
+
+import pytest
+
+from moba_train.config.compose import compose
+from moba_train.config.schema import ModelConfig
+from moba_train.model.layer_plan import LayerAttention, LayerKind
+from moba_train.train.estimate import memory_gib, parameter_count
+from moba_train.train.flops import attention_pairs, gate_pairs, matmul_flops_per_token, training_flops
+
+
+def counted(layer: LayerAttention, length: int) -> tuple[int, int]:
+    """(query-key pairs, query-block scores) by walking over the queries."""
+    pairs = scores = 0
+    for query in range(length):
+        block, offset = divmod(query, layer.block_size)
+        if layer.kind is LayerKind.FULL:
+            pairs += query + 1
+        else:
+            pairs += offset + 1 + min(block, layer.top_k - 1) * layer.block_size
+            scores += block
+    return pairs, scores
+
+
+@pytest.mark.parametrize("kind", LayerKind)
+@pytest.mark.parametrize("block_size, top_k", [(1, 1), (4, 1), (4, 2), (4, 3), (5, 100), (64, 2)])
+@pytest.mark.parametrize("length", [0, 1, 3, 4, 5, 23, 64])
+def test_pairs_equal_a_count_over_queries(kind, block_size, top_k, length):
+    layer = LayerAttention(kind, block_size, top_k)
+    assert (attention_pairs(layer, length), gate_pairs(layer, length)) == counted(layer, length)
+
+
+def test_moba_with_every_block_is_charged_as_full_and_its_gate():
+    model = ModelConfig()
+    moba, full = LayerAttention(LayerKind.MOBA, 16, 4), LayerAttention(LayerKind.FULL, 16, 4)
+    gate = 2 * model.num_attention_heads * model.head_dim * gate_pairs(moba, 64)
+    assert training_flops(model, (moba,), [64]) == training_flops(model, (full,), [64]) + gate
+
+
+@pytest.mark.parametrize(
+    "name, parameters", [("llama3.2-1b", 1_235_814_400), ("llama3.1-8b", 8_030_261_248), ("qwen3-8b", 8_190_735_360)]
+)
+def test_parameter_counts_are_the_published_ones(name, parameters):
+    assert parameter_count(compose([f"model={name}"]).model) == parameters
+
+
+def test_matmul_flops_are_two_per_weight_outside_norms_and_input_embedding():
+    model = compose(["model=llama3.1-8b"]).model
+    norms = (2 * model.num_layers + 1) * model.hidden_size
+    weights = parameter_count(model) - norms - model.vocab_size * model.hidden_size
+    assert matmul_flops_per_token(model) == 2 * weights
+
+
+def test_memory_falls_with_every_kind_of_parallelism():
+    base = compose(["recipe=128k"])
+    total = memory_gib(base, 16)["total"]
+    assert memory_gib(base, 64)["total"] < total
+    assert memory_gib(compose(["recipe=128k", "parallel.context=8"]), 32)["total"] < total
+    assert memory_gib(compose(["recipe=128k", "parallel.tensor=8"]), 32)["total"] < total
+    assert memory_gib(compose(["recipe=128k", "parallel.recompute=none"]), 16)["total"] > total
+
+
+@pytest.mark.parametrize("recipe, gpus", [("8k", 1), ("32k", 8), ("128k", 16), ("1m", 64)])
+def test_recipes_fit_an_80_gb_gpu_by_the_estimate(recipe, gpus):
+    assert memory_gib(compose([f"recipe={recipe}"]), gpus)["total"] < 72
