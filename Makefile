@@ -1,0 +1,62 @@
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DATA := data/stdlib
+# Processes: one a GPU, or two on a CPU with two cores. Deferred: asked only after the installation.
+NPROC ?= $(shell $(BIN)/python -c 'import os, torch; print(torch.cuda.device_count() or min(os.cpu_count(), 2))')
+SYSTEM_TORCH ?=
+ARGS ?=
+
+.PHONY: help install pretrain test lint format clean
+
+help:  ## Show this list
+	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo 'Variables: ARGS="more arguments", NPROC=processes, PYTHON=interpreter, VENV=folder, SYSTEM_TORCH=1'
+
+install: $(VENV)/.installed  ## Create .venv and install the project (SYSTEM_TORCH=1: keep the torch of PYTHON)
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@echo "Installing into $(VENV): some minutes the first time"
+	@$(PYTHON) -m venv $(if $(SYSTEM_TORCH),--system-site-packages) $(VENV)
+	@$(if $(SYSTEM_TORCH),grep -vE '^(torch|triton)==',cat) constraints.txt > $(VENV)/constraints.txt
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c $(VENV)/constraints.txt -e '.[dev]'
+# Where torch is not in the environment, the torchrun on PATH is another Python's, which does not see the environment.
+	@if [ ! -e $(BIN)/torchrun ]; then \
+	printf '#!%s\nfrom torch.distributed.run import main\n\nmain()\n' "$$(realpath $(BIN))/python" > $(BIN)/torchrun; \
+	chmod +x $(BIN)/torchrun; fi
+	@touch $@
+
+$(DATA)/dataset.json: | $(VENV)/.installed
+	@$(BIN)/python launch/prepare_data.py --output $(DATA)
+
+pretrain: $(VENV)/.installed $(DATA)/dataset.json  ## Prepare text and train recipe tiny (ARGS="train.steps=50")
+	@processes=$(NPROC); threads=$$(( $$(nproc) / processes )); \
+	export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(( threads > 0 ? threads : 1 ))}; \
+	$(BIN)/torchrun --standalone --nproc-per-node $$processes launch/pretrain.py recipe=tiny $(ARGS)
+
+test: $(VENV)/.installed  ## Run the tests that need no GPU (ARGS="-k gate")
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(ARGS)
+
+SHELL_FILES = .ci/run $(wildcard launch/slurm/*.sh launch/slurm/*.sbatch)
+
+lint: $(VENV)/.installed  ## Check style, types, import directions, shell scripts and Dockerfiles
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/shellcheck $(SHELL_FILES)
+	@if [ -x $(BIN)/hadolint ]; then set -x; $(BIN)/hadolint docker/Dockerfile docker/Dockerfile.cpu; \
+	else echo "hadolint: skipped, it has no package for this system"; fi
+
+format: $(VENV)/.installed  ## Format the code in place
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## Remove caches; .venv, data and runs stay
+	@rm -rf .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis build *.egg-info
+	@find moba_train launch tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
