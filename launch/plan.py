@@ -19,4 +19,4 @@ def run(config: RunConfig) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command_line(run, __doc__, ["dry_run=true", *sys.argv[1:]]))
+    sys.exit(run_command_line(run, __doc__, [*sys.argv[1:], "dry_run=true"]))

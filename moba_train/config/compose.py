@@ -25,7 +25,6 @@ from moba_train.config.schema import ConfigError, RunConfig, from_dict, to_dict,
 __all__ = ["RECIPES", "compose", "group_options", "run_command_line"]
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
-_FLAGS = {"--help", "-h", "--cfg"}
 
 
 def compose(overrides: Sequence[str] = ()) -> RunConfig:

@@ -82,8 +82,8 @@ class AttentionConfig:
     top_k: int = 4  # blocks a query attends to, its own included
     dense_first_layers: int = 0
     dense_last_layers: int = 0
-    backend: str = "auto"  # of MoBA layers: auto | reference | portable | triton | flash
-    full_backend: str = "auto"  # of full layers: auto | reference | sdpa | flash
+    backend: str = "auto"  # of MoBA layers: auto | reference | portable | triton
+    full_backend: str = "auto"  # of full layers: auto | reference | sdpa | triton
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ _CHOICES = {
     "precision": ("fp32", "bf16", "fp8"),
     "model.transformer_impl": ("local", "transformer_engine"),
     "model.rope_scaling.rope_type": ("default", "linear", "llama3"),
-    "attention.backend": ("auto", "reference", "portable", "triton", "flash"),
-    "attention.full_backend": ("auto", "reference", "sdpa", "flash"),
+    "attention.backend": ("auto", "reference", "portable", "triton"),
+    "attention.full_backend": ("auto", "reference", "sdpa", "triton"),
     "parallel.context_layout": ("zigzag", "balanced", "contiguous"),
     "parallel.context_strategy": ("all_gather", "all_to_all", "ring"),
     "parallel.full_context_strategy": (None, "all_gather", "all_to_all", "ring"),
@@ -107,7 +107,8 @@ def _check_model(config: RunConfig) -> None:
             config,
             "model.transformer_impl",
             importlib.util.find_spec("transformer_engine") is not None,
-            'Transformer Engine is not installed: pip install -e ".[gpu]" -c constraints.txt, or choose local',
+            "Transformer Engine is not installed: pip install --no-build-isolation -c constraints.txt -e .[gpu], or "
+            "choose local",
         )
     if config.precision == "fp8":
         _require(
@@ -184,7 +185,12 @@ def _check_training(config: RunConfig) -> None:
             getattr(config.attention, count) <= config.model.num_layers,
             f"the model has {config.model.num_layers} layers",
         )
-    _require(config, "optim.learning_rate", optim.learning_rate > 0, "must be positive")
+    for key in ("optim.learning_rate", "optim.epsilon", "model.rope_base", "model.norm_epsilon", "model.init_std"):
+        _require(config, key, _get(config, key) > 0, "must be positive")
+    for key in ("optim.beta1", "optim.beta2"):
+        _require(config, key, 0 <= _get(config, key) < 1, "must lie in [0, 1)")
+    _require(config, "model.rope_scaling.factor", config.model.rope_scaling.factor > 0, "must be positive")
+    _require(config, "train.seed", 0 <= train.seed < 2**31, "must lie between 0 and 2147483647")
     _require(
         config,
         "optim.min_learning_rate",

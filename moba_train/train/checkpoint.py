@@ -101,6 +101,7 @@ def check(config: RunConfig) -> None:
         if not file.is_file() or file.stat().st_size != size:
             found = f"{file.stat().st_size} bytes" if file.is_file() else "missing"
             raise _corrupt(path, f"{name} should have {size} bytes and is {found}")
+    _check_position(config, path, metadata)
     for key in _SHAPE:
         theirs, ours = metadata.config["model"].get(key), getattr(config.model, key)
         if theirs != ours:
@@ -109,6 +110,19 @@ def check(config: RunConfig) -> None:
                 ours,
                 f"the checkpoint {path} has {theirs}; choose the same model, or another checkpoint",
             )
+
+
+def _check_position(config: RunConfig, path: Path, metadata: Metadata) -> None:
+    """A full load takes over optimizer and data position: what they depend on must be the checkpoint's."""
+    own = config.run.dir is not None and path.is_relative_to(Path(config.run.dir))
+    if config.checkpoint.load_weights_only and not own:
+        return
+    fresh = "use it, or start from the weights alone: checkpoint.load_weights_only=true with checkpoint.load"
+    for key in ("parallel.distributed_optimizer", "train.global_batch_size", "train.sequence_length", "data.mode"):
+        section, name = key.split(".")
+        theirs, ours = metadata.config[section].get(name), getattr(getattr(config, section), name)
+        if theirs != ours:
+            raise ConfigError(key, ours, f"the checkpoint {path} was trained with {theirs}; {fresh}")
 
 
 def read_metadata(path: Path) -> Metadata:
@@ -124,7 +138,8 @@ def save(run: Run) -> Path:
     root = run.folder / "checkpoints"
     final, partial = root / f"step_{run.step:08d}", root / f"step_{run.step:08d}.partial"
     if dist.get_rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
+        for abandoned in root.glob("*.partial"):
+            shutil.rmtree(abandoned)
         partial.mkdir(parents=True)
     dist.barrier()
     if run.config.parallel.overlap_grad_reduce and run.config.parallel.distributed_optimizer:
@@ -136,7 +151,9 @@ def save(run: Run) -> Path:
     with _signals_held():
         dist_checkpointing.save(state, str(partial), **({"async_strategy": "mcore"} if newer else {}))
     dist.barrier()
-    manifest = _gather_checksums(partial, sorted(file.name for file in partial.iterdir()))
+    names = [sorted(file.name for file in partial.iterdir())]  # rank 0's list: a network folder may lag elsewhere
+    dist.broadcast_object_list(names)
+    manifest = _gather_checksums(partial, names[0])
     if dist.get_rank() == 0:
         metadata = Metadata(
             step=run.step,
@@ -148,10 +165,13 @@ def save(run: Run) -> Path:
             manifest=manifest,
         )
         _write_durably(partial / _METADATA, json.dumps(asdict(metadata), indent=1))
-        shutil.rmtree(final, ignore_errors=True)
+        if final.exists():  # the same step saved before: out of the way first, removed last
+            final.rename(final.with_suffix(".replaced.partial"))
         partial.rename(final)
         _write_durably(root / "latest", final.name)
-        for old in _complete(root)[: -run.config.checkpoint.keep_last]:
+        # Later steps are left from a run that was started over; only what is older than this one ages.
+        older = [path for path in _complete(root) if path.name < final.name]
+        for old in older[: len(older) - (run.config.checkpoint.keep_last - 1)]:
             shutil.rmtree(old)
     dist.barrier()
     return final

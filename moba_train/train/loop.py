@@ -32,13 +32,11 @@ def pretrain(config: RunConfig) -> int:
     logging.getLogger("moba_train").setLevel(logging.INFO if first else logging.ERROR)
     world_size = preflight(config)
     if config.dry_run:
-        print_plan(config, world_size)
+        if first:
+            print_plan(config, world_size)
         return 0
-    stop = _StopSignal()
-    try:
-        _train(setup(config), stop)
-    finally:
-        close()
+    _train(setup(config), _StopSignal())
+    close()  # not after an error: leaving the group waits for ranks that may be stuck; the launcher ends them
     return 0
 
 
@@ -64,17 +62,17 @@ def _train(run: Run, stop: _StopSignal) -> None:
         if first:
             _announce(run, metrics)
         validated = saved = -1
+        told_plan = ""
         stopped = False
         while run.step < config.train.steps and not stopped:
-            plan_before = describe(layer_plan(config.attention, config.model.num_layers, max(run.step - 1, 0)))
             plan = describe(layer_plan(config.attention, config.model.num_layers, run.step))
             with clock:
                 result = train_step(run, stop.received is not None)
             stopped = result.stop
             if first and (run.step % config.metrics.log_every == 0 or run.step == config.train.steps):
                 record = _record(run, result, clock)
-                if plan != plan_before or clock.steps == 1:
-                    record["layer_plan"] = plan
+                if plan != told_plan:
+                    record["layer_plan"] = told_plan = plan
                 metrics.write(record)
                 metrics.show(run.step, config.train.steps, record, clock.eta(config.train.steps - run.step))
             every = config.train.validate_every
@@ -89,7 +87,8 @@ def _train(run: Run, stop: _StopSignal) -> None:
             path = checkpoint.save(run)
             if stopped:
                 metrics.say(
-                    f"Stopped by {stop.received or 'a signal'} at step {run.step}; saved {path}. Run again to go on."
+                    again = f"The same command with run.dir={run.folder} goes on."
+                    metrics.say(f"Stopped by {stop.received or 'a signal'} at step {run.step}; saved {path}. {again}")
                 )
         if validated != run.step and not stopped:
             _validate(run, metrics)

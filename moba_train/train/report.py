@@ -33,7 +33,7 @@ def draw(folder: Path, sequence_length: int) -> list[Path]:
     by_position = [r for r in records if "validation_loss_by_position" in r]
     if by_position:
         figure, axes = _figure()
-        for record in by_position[:: max(1, len(by_position) // 4)][-5:]:
+        for record in by_position[:: -max(1, len(by_position) // 4)][:5][::-1]:  # the last one always
             losses = record["validation_loss_by_position"]
             width = sequence_length / len(losses)
             points = [((i + 0.5) * width, loss) for i, loss in enumerate(losses) if loss is not None]

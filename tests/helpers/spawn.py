@@ -7,6 +7,7 @@ costs seconds: put many cases into one call.
 from __future__ import annotations
 
 import faulthandler
+import multiprocessing
 import os
 import pickle
 import sys
@@ -102,4 +103,6 @@ def _leave(code: int) -> None:
     # Tearing gloo's threads down at interpreter exit aborts now and then; the result is on disk already.
     sys.stdout.flush()
     sys.stderr.flush()
+    for child in multiprocessing.active_children():  # a checkpoint's writers; they would outlive this exit
+        child.kill()
     os._exit(code)

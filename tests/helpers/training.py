@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sysconfig
 from pathlib import Path
 
 import torch
@@ -34,12 +35,12 @@ SMALL = [
 
 
 def corpus(folder: Path) -> Path:
-    """A prepared folder made from a few sources of this package; the same text on every call."""
+    """A prepared folder of a few standard-library sources: text that does not change with this project."""
     from moba_train.data.prepare import PrepareArguments, prepare
 
-    package = Path(__file__).resolve().parents[2] / "moba_train"
-    sources = sorted(str(path) for path in (package / "config").glob("*.py"))
-    prepare(PrepareArguments(inputs=tuple(sources), output=str(folder), vocab_size=384, valid_fraction=0.3))
+    library = Path(sysconfig.get_path("stdlib"))
+    sources = tuple(str(library / name) for name in ("bisect.py", "colorsys.py", "heapq.py", "sched.py", "this.py"))
+    prepare(PrepareArguments(inputs=sources, output=str(folder), vocab_size=384, valid_fraction=0.3))
     return folder
 
 

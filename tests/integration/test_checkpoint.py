@@ -158,3 +158,27 @@ def test_only_the_last_checkpoints_are_kept_and_latest_is_the_newest(root, data)
     assert folders == ["latest", "step_00000002", "step_00000003"]
     assert (run / "checkpoints" / "latest").read_text() == "step_00000003"
     assert json.loads((run / "checkpoints" / "step_00000003" / "moba_train.json").read_text())["tokens"] == 3 * 4 * 128
+
+
+def _save_then_start_over(rank, world_size, data, run):
+    losses(small_config(data, run), 3, save=True)
+    losses(small_config(data, run, "checkpoint.resume=false", "checkpoint.keep_last=1"), 1, save=True)
+
+
+def test_a_run_started_over_keeps_the_checkpoint_it_just_wrote(root, data):
+    run = root / "over"
+    run_distributed(_save_then_start_over, 1, data, run)
+    assert (run / "checkpoints" / "latest").read_text() == "step_00000001"
+    assert {"step_00000001", "step_00000003"} <= {path.name for path in (run / "checkpoints").iterdir()}
+
+
+@pytest.mark.parametrize("override", ["train.global_batch_size=8", "parallel.distributed_optimizer=false"])
+def test_what_the_optimizer_and_data_position_depend_on_may_not_change(root, data, one_process, override):
+    with pytest.raises(ConfigError) as caught:
+        checkpoint.check(small_config(data, root / "one", override))
+    assert caught.value.key == override.partition("=")[0]
+    checkpoint.check(
+        small_config(
+            data, root / "new", f"checkpoint.load={root / 'one'}", "checkpoint.load_weights_only=true", override
+        )
+    )
