@@ -86,10 +86,8 @@ def _train(run: Run, stop: _StopSignal) -> None:
         if saved != run.step and clock.steps:
             path = checkpoint.save(run)
             if stopped:
-                metrics.say(
-                    again = f"The same command with run.dir={run.folder} goes on."
-                    metrics.say(f"Stopped by {stop.received or 'a signal'} at step {run.step}; saved {path}. {again}")
-                )
+                again = f"The same command with run.dir={run.folder} goes on."
+                metrics.say(f"Stopped by {stop.received or 'a signal'} at step {run.step}; saved {path}. {again}")
         if validated != run.step and not stopped:
             _validate(run, metrics)
     finally:
