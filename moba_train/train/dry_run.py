@@ -8,6 +8,7 @@ import json
 from moba_train.config.schema import RunConfig, to_dict
 from moba_train.config.validate import data_parallel_size
 from moba_train.model.layer_plan import LayerKind, describe, layer_plan
+from moba_train.model.rope import describe_rope
 from moba_train.train.estimate import memory_gib, parameter_count
 from moba_train.train.flops import matmul_flops_per_token, training_flops
 from moba_train.train.report import print_table
@@ -31,6 +32,7 @@ def print_plan(config: RunConfig, world_size: int) -> None:
         f"{config.recipe}: {model.name} on {world_size} GPUs",
         [
             ("layer plan", describe(plan)),
+            ("rotary embedding", describe_rope(model, length)),
             ("full layers", ", ".join(str(i) for i, x in enumerate(plan) if x.kind is LayerKind.FULL) or "none"),
             (
                 "tensor x pipeline x context x data",

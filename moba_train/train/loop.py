@@ -15,6 +15,7 @@ from moba_train import device as devices
 from moba_train.config.schema import RunConfig
 from moba_train.data.info import dataset_info
 from moba_train.model.layer_plan import describe, layer_plan
+from moba_train.model.rope import describe_rope
 from moba_train.train import checkpoint
 from moba_train.train.dry_run import print_plan
 from moba_train.train.metrics import Metrics, read_metrics
@@ -147,6 +148,7 @@ def _announce(run: Run, metrics: Metrics) -> None:
     peak, source = devices.peak_flops()
     metrics.say(f"{config.recipe}: {config.model.name} on {hardware}, {config.precision}; {axes}")
     metrics.say(f"layers: {describe(plan)}; MFU against {peak / 1e12:.3g} TFLOP/s ({source})")
+    metrics.say(f"rotary embedding: {describe_rope(config.model, config.train.sequence_length)}")
     if run.step:
         metrics.say(f"going on from step {run.step}")
 
