@@ -1,7 +1,7 @@
 """`attention.schedule` in steps: the one place that turns tokens and fractions of training into steps.
 
-A phase begins as soon as its point is reached: `step: s` when s steps are done, `tokens: t` with B x S tokens a step when
-ceil(t / (B x S)) are, `fraction: f` of N steps when ceil(f x N) are, and with the last step at the latest. Everything
+A phase begins as soon as its point is reached: `step: s` when s steps are done, `tokens: t` (of B x S a step) when
+ceil(t / (B x S)) are, `fraction: f` of N steps when ceil(f x N) are, at the latest with the last one. Everything
 downstream sees steps alone.
 """
 

@@ -88,8 +88,8 @@ class LayerOverride:
 class AttentionPhase:
     """A part of training with a layer plan of its own: where it begins, and what differs from `attention`.
 
-    It begins when that many steps, tokens or that part of the steps are done (one of the three: config/schedule.py makes
-    steps of all) and ends where the next one begins. Keys that are None are those of `attention`.
+    It begins when so many steps or tokens, or that fraction of the steps, are done (one of the three;
+    config/schedule.py makes steps of all), and ends where the next one begins. Keys that are None: as in `attention`.
     """
 
     step: int | None = None

@@ -6,9 +6,10 @@ the plan may change between steps without touching weights or optimizer state.
 Pattern grammar, repeated over the layers:   pattern = item {"," item}   item = kind ["*" count]   kind = moba | full
     "moba"          every layer MoBA
     "moba*3,full"   three MoBA layers, then a full one, and again
-Afterwards `dense_first_layers` and `dense_last_layers` make the ends full: the remedy for sparse loss masks (MoBA report,
-arXiv 2502.13189, section 3.2, layer-wise hybrid), and `full_layers` any others; `overrides` give MoBA layers another
-block size or top-k. `schedule` changes all of these at given steps, as in the report's MoBA/full hybrid training.
+Afterwards `dense_first_layers` and `dense_last_layers` make the ends full: the remedy for sparse loss masks (MoBA
+report, arXiv 2502.13189, section 3.2, layer-wise hybrid); `full_layers` makes any others full; `overrides` gives MoBA
+layers another block size or top-k. `schedule` changes all of these at given steps (the report's MoBA/full hybrid
+training).
 """
 
 from __future__ import annotations

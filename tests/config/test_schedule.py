@@ -1,5 +1,7 @@
 """Phases given in steps, tokens or fractions of training become steps, in one place and at composition."""
 
+import dataclasses
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -119,6 +121,8 @@ class TestCommandLine:
     def test_the_named_schedules(self, recipe, name, steps):
         config = compose([f"recipe={recipe}", f"attention={name}", "train.steps=100"])
         assert [phase.step for phase in config.attention.schedule] == steps
+        moba = compose([f"recipe={recipe}", "attention=moba"]).attention
+        assert dataclasses.replace(config.attention, schedule=()) == moba
         assert name in group_options("attention")
 
     @pytest.mark.parametrize(

@@ -15,6 +15,11 @@ TWO_RANKS = {
     "data": [],
     "tensor": ["parallel.tensor=2", "parallel.sequence=true"],
     "pipeline": ["parallel.pipeline=2", "parallel.virtual_pipeline=2"],
+    "pipeline, attention switched": [
+        "parallel.pipeline=2",
+        "parallel.virtual_pipeline=2",
+        "attention.schedule=[{step: 2, pattern: full}]",
+    ],
     "context": ["parallel.context=2"],
     "overlapped": ["parallel.overlap_grad_reduce=true"],
     "bf16": ["precision=bf16"],
@@ -68,6 +73,9 @@ def test_two_ranks_resume_bit_identically(root, data):
     curves = run_distributed(_straight_and_resumed, 2, data, root, TWO_RANKS, timeout=240)[0]
     for layout, (straight, resumed) in curves.items():
         assert resumed == straight, layout
+    plain, switched = curves["pipeline"][0], curves["pipeline, attention switched"][0]
+    assert switched[:2] == plain[:2]
+    assert switched[2] != plain[2]
 
 
 def test_saved_by_one_loaded_by_two(root, data, one_process):
