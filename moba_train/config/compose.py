@@ -22,6 +22,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from moba_train.config.schedule import resolve_schedule
 from moba_train.config.schema import ConfigError, RunConfig, from_dict, to_dict, unknown_key
 
 __all__ = ["RECIPES", "compose", "group_options", "run_command_line"]
@@ -31,8 +32,11 @@ _OTHERS_WAIT_S = 10.0  # torchrun ends the rest within a second of the first fai
 
 
 def compose(overrides: Sequence[str] = ()) -> RunConfig:
-    """The run described by `recipes/config.yaml` and `overrides` in Hydra's grammar. Raises ConfigError."""
-    return from_dict(_values(overrides))
+    """The run described by `recipes/config.yaml` and `overrides` in Hydra's grammar, its attention schedule in steps.
+
+    Raises ConfigError.
+    """
+    return resolve_schedule(from_dict(_values(overrides)))
 
 
 def group_options(group: str) -> list[str]:

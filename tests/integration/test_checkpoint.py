@@ -15,6 +15,11 @@ TWO_RANKS = {
     "data": [],
     "tensor": ["parallel.tensor=2", "parallel.sequence=true"],
     "pipeline": ["parallel.pipeline=2", "parallel.virtual_pipeline=2"],
+    "pipeline, attention switched": [
+        "parallel.pipeline=2",
+        "parallel.virtual_pipeline=2",
+        "attention.schedule=[{step: 2, pattern: full}]",
+    ],
     "context": ["parallel.context=2"],
     "overlapped": ["parallel.overlap_grad_reduce=true"],
     "bf16": ["precision=bf16"],
@@ -88,6 +93,12 @@ def two_ranks(root, data):
 def test_two_ranks_resume_bit_identically(two_ranks, layout):
     straight, resumed = two_ranks[layout]
     assert resumed == straight
+
+
+def test_a_switch_of_attention_changes_nothing_before_it(two_ranks):
+    plain, switched = two_ranks["pipeline"][0], two_ranks["pipeline, attention switched"][0]
+    assert switched[:2] == plain[:2]
+    assert switched[2] != plain[2]
 
 
 def test_saved_by_one_loaded_by_two(root, data, one_process):
