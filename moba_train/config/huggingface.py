@@ -186,7 +186,7 @@ def check_rope(model: ModelConfig, key: str = "model.rope_scaling") -> None:
             raise ConfigError(f"{key}.{name}", value, f"rope_type={kind} does not use it; set it to null")
         if name == "factor" and value is not None and value < 1:
             raise ConfigError(f"{key}.{name}", value, "must be at least 1")
-        if isinstance(value, list) and (len(value) != model.head_dim // 2 or min(value) <= 0):
+        if isinstance(value, tuple) and (len(value) != model.head_dim // 2 or min(value) <= 0):
             remedy = f"needs a positive number for each of the {model.head_dim // 2} dimension pairs"
             raise ConfigError(f"{key}.{name}", value, remedy)
         if isinstance(value, (int, float)) and value is not False and value <= 0:
@@ -266,6 +266,8 @@ def _parse_rope(values: Mapping[str, Any], key: str) -> tuple[float, dict[str, A
             del fields[name]
         elif name not in (*needed, *optional):
             raise ConfigError(f"{key}: {where}.{name}", value, f"is no field of rope type {kind}; take it out")
+        elif isinstance(value, list):
+            fields[name] = tuple(value)
     for name in needed:
         if name not in fields:
             raise ConfigError(f"{key}: {where}.{name}", None, f"rope type {kind} needs it")

@@ -27,7 +27,8 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.utils import unwrap_model
 
-from moba_train.config.schema import ConfigError, ModelConfig, RunConfig, to_dict
+from moba_train.config.schedule import PLAN_KEYS
+from moba_train.config.schema import AttentionConfig, ConfigError, ModelConfig, RunConfig, to_dict
 from moba_train.model.layer_plan import layer_plan
 from moba_train.model.rope import describe_rope
 from moba_train.parallel.seed import load_random_state, random_state
@@ -162,6 +163,9 @@ def _check_position(config: RunConfig, path: Path, metadata: Metadata) -> None:
     if config.checkpoint.load_weights_only and not own:
         return
     fresh = "use it, or start from the weights alone: checkpoint.load_weights_only=true with checkpoint.load"
+    if not own and metadata.step >= config.train.steps:
+        more = f"the checkpoint {path} is at step {metadata.step} already; ask for more steps"
+        raise ConfigError("train.steps", config.train.steps, more)
     for key in ("parallel.distributed_optimizer", "train.global_batch_size", "train.sequence_length", "data.mode"):
         section, name = key.split(".")
         theirs, ours = metadata.config[section].get(name), getattr(getattr(config, section), name)
@@ -247,6 +251,7 @@ def restore(run: Run) -> bool:
     run.scheduler.load_state_dict(state["scheduler"])
     run.loader.load_state_dict(metadata.data)
     run.step, run.tokens = metadata.step, metadata.tokens
+    _tell_other_plan(run.config, metadata)
     if "random" in state:
         load_random_state(state["random"])
     elif dist.get_rank() == 0:
@@ -259,6 +264,15 @@ def restore(run: Run) -> bool:
 def point_latest(folder: Path) -> None:
     """Make the step folder the latest of its checkpoints folder."""
     _write_durably(folder.parent / "latest", folder.name)
+
+
+def _tell_other_plan(config: RunConfig, metadata: Metadata) -> None:
+    """Layer plan and schedule may change on resume; what changed is said."""
+    defaults, ours = to_dict(AttentionConfig()), json.loads(json.dumps(to_dict(config.attention)))
+    for key in (*PLAN_KEYS, "schedule"):
+        theirs = metadata.config["attention"].get(key, defaults[key])
+        if list(theirs) != ours[key] if isinstance(ours[key], list) else theirs != ours[key]:
+            _LOG.info("attention.%s was %s until step %d and is now %s", key, theirs, metadata.step, ours[key])
 
 
 @contextlib.contextmanager

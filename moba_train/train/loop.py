@@ -14,7 +14,7 @@ import torch.distributed as dist
 from moba_train import device as devices
 from moba_train.config.schema import RunConfig
 from moba_train.data.info import dataset_info
-from moba_train.model.layer_plan import describe, layer_plan
+from moba_train.model.layer_plan import describe, layer_plan, plan_phases
 from moba_train.model.rope import describe_rope
 from moba_train.train import checkpoint
 from moba_train.train.dry_run import print_plan
@@ -69,13 +69,18 @@ def _train(run: Run, stop: _StopSignal) -> None:
             plan = describe(layer_plan(config.attention, config.model.num_layers, run.step))
             with clock:
                 result = train_step(run, stop.received is not None)
+            clock.flops += result.flops
             stopped = result.stop
-            if first and (run.step % config.metrics.log_every == 0 or run.step == config.train.steps):
+            changed = plan != told_plan  # a switch is told at its own step, however seldom others are
+            if first and (changed or run.step % config.metrics.log_every == 0 or run.step == config.train.steps):
                 record = _record(run, result, clock)
-                if plan != told_plan:
-                    record["layer_plan"] = told_plan = plan
+                if changed:
+                    record["layer_plan"] = plan
+                    if told_plan:
+                        metrics.say(f"step {run.step}: layers now {plan}")
                 metrics.write(record)
                 metrics.show(run.step, config.train.steps, record, clock.eta(config.train.steps - run.step))
+            told_plan = plan
             every = config.train.validate_every
             if every and run.step % every == 0:
                 _validate(run, metrics)
@@ -89,7 +94,9 @@ def _train(run: Run, stop: _StopSignal) -> None:
             if stopped:
                 again = f"The same command with run.dir={run.folder} goes on."
                 metrics.say(f"Stopped by {stop.received or 'a signal'} at step {run.step}; saved {path}. {again}")
-        if validated != run.step and not stopped:
+        if not clock.steps:
+            metrics.say(f"Step {run.step} of train.steps={config.train.steps} is done already; raise it to go on.")
+        elif validated != run.step and not stopped:
             _validate(run, metrics)
     finally:
         metrics.close()
@@ -103,7 +110,7 @@ class _Clock:
 
     def __init__(self, first_step: int) -> None:
         self.seconds = self.last = 0.0
-        self.steps = 0
+        self.steps = self.flops = 0
 
     def __enter__(self) -> None:
         self._start = time.perf_counter()
@@ -116,6 +123,10 @@ class _Clock:
     def eta(self, steps: int) -> float:
         """Seconds for that many more steps at the mean pace."""
         return self.seconds / max(self.steps, 1) * steps
+
+    def mfu(self, world_size: int) -> float:
+        """Model FLOPs utilisation over all steps: FLOP/s of a process over its device's peak."""
+        return self.flops / max(self.seconds, 1e-9) / world_size / devices.peak_flops()[0]
 
 
 def _record(run: Run, result: StepResult, clock: _Clock) -> dict[str, Any]:
@@ -142,12 +153,16 @@ def _validate(run: Run, metrics: Metrics) -> None:
 
 def _announce(run: Run, metrics: Metrics) -> None:
     config, groups = run.config, run.groups
+    phases = plan_phases(config.attention, config.model.num_layers)
     plan = layer_plan(config.attention, config.model.num_layers, run.step)
     axes = ", ".join(f"{axis} {getattr(groups, axis).size}" for axis in ("tensor", "pipeline", "context", "data"))
     hardware = f"{groups.world_size} x {devices.device_name()}"
     peak, source = devices.peak_flops()
     metrics.say(f"{config.recipe}: {config.model.name} on {hardware}, {config.precision}; {axes}")
     metrics.say(f"layers: {describe(plan)}; MFU against {peak / 1e12:.3g} TFLOP/s ({source})")
+    for step, later in phases:
+        if step > run.step:
+            metrics.say(f"  after step {step}: {describe(later)}")
     metrics.say(f"rotary embedding: {describe_rope(config.model, config.train.sequence_length)}")
     if run.step:
         metrics.say(f"going on from step {run.step}")
@@ -175,7 +190,7 @@ def _summarise(run: Run, clock: _Clock) -> None:
     rows += [
         ("training time, s", clock.seconds),
         ("tokens per second", step_tokens * clock.steps / max(clock.seconds, 1e-9)),
-        ("MFU", f"{last.get('mfu', 0):.1%}"),
+        ("MFU", f"{clock.mfu(run.groups.world_size):.1%}"),
         ("peak memory, GiB", devices.peak_memory_gib()),
     ]
     print_table(f"{config.recipe} finished", rows)
