@@ -57,31 +57,61 @@ _logged: set[tuple[str, torch.device, torch.dtype]] = set()
 
 
 def select_blocks(
-    q_THD: Tensor, k_SGD: Tensor, seq: SequenceInfo, *, block_size: int, top_k: int, backend: str = "auto"
+    q_THD: Tensor,
+    k_SGD: Tensor,
+    seq: SequenceInfo,
+    *,
+    block_size: int,
+    top_k: int,
+    force_previous_block: bool = False,
+    share_picks_in_group: bool = False,
+    backend: str = "auto",
 ) -> Tensor:
     """Blocks each query attends to (arXiv 2502.13189, eq. 5-6) -> int32 [T, H, K].
 
     Order: the query's own block, the best top_k - 1 earlier blocks of its document by falling score (ties to the lower
     id), then -1 where there are not enough. No gradient flows.
 
+    Args:
+        force_previous_block: the block before the own one comes second whatever its score, and counts as one of top_k.
+        share_picks_in_group: the heads of a key head pick together, by the sum of their scores.
+
     Raises:
-        ValueError: mismatched inputs, or `k_positions` (a gate over part of the keys would pick wrongly).
+        ValueError: mismatched inputs, `k_positions` (a gate over part of the keys would pick wrongly), or a previous
+            block forced into top_k = 1.
     """
     _check_inputs(q_THD, k_SGD, None, seq)
-    _check_sizes(block_size, top_k)
+    _check_sizes(block_size, top_k, force_previous_block)
     means_NGD = gate.block_means(k_SGD, seq, block_size)
-    return select_from_means(q_THD, means_NGD, seq, block_size=block_size, top_k=top_k, backend=backend)
+    return select_from_means(
+        q_THD,
+        means_NGD,
+        seq,
+        block_size=block_size,
+        top_k=top_k,
+        force_previous_block=force_previous_block,
+        share_picks_in_group=share_picks_in_group,
+        backend=backend,
+    )
 
 
 def select_from_means(
-    q_THD: Tensor, means_NGD: Tensor, seq: SequenceInfo, *, block_size: int, top_k: int, backend: str = "auto"
+    q_THD: Tensor,
+    means_NGD: Tensor,
+    seq: SequenceInfo,
+    *,
+    block_size: int,
+    top_k: int,
+    force_previous_block: bool = False,
+    share_picks_in_group: bool = False,
+    backend: str = "auto",
 ) -> Tensor:
     """`select_blocks` for given means of all N blocks of the batch, [N, G, D] -> int32 [T, H, K].
 
     Raises:
-        ValueError: mismatched inputs.
+        ValueError: mismatched inputs, or a previous block forced into top_k = 1.
     """
-    _check_sizes(block_size, top_k)
+    _check_sizes(block_size, top_k, force_previous_block)
     _check_queries(q_THD, seq)
     num_blocks = seq.blocks(block_size).num_blocks
     if means_NGD.dim() != 3 or means_NGD.shape[0] != num_blocks or means_NGD.shape[2] != q_THD.shape[2]:
@@ -91,7 +121,8 @@ def select_from_means(
         )
     _check_heads(q_THD, means_NGD)
     select: _Gate = _function("select_from_means", backend, q_THD)
-    return select(q_THD, means_NGD, seq, block_size=block_size, top_k=top_k)
+    options = {"force_previous_block": force_previous_block, "share_picks_in_group": share_picks_in_group}
+    return select(q_THD, means_NGD, seq, block_size=block_size, top_k=top_k, **options)
 
 
 def moba_attention(
@@ -103,6 +134,8 @@ def moba_attention(
     block_size: int,
     top_k: int,
     softmax_scale: float | None = None,
+    force_previous_block: bool = False,
+    share_picks_in_group: bool = False,
     picks: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -110,8 +143,9 @@ def moba_attention(
 
     Args:
         softmax_scale: default 1 / sqrt(D).
-        picks: int32 [T, H, K] as `select_blocks` returns them; default: selected here. Required with `k_positions`.
-            A block twice in one row would count twice.
+        force_previous_block, share_picks_in_group: how blocks are selected, as in `select_blocks`.
+        picks: int32 [T, H, K] as `select_blocks` returns them, whatever the options above; default: selected here.
+            Required with `k_positions`. A block twice in one row would count twice.
         backend: "auto", "reference", "portable" or "triton".
 
     A query that sees no held key has out 0, lse -inf and zero gradient. Without `picks`, where top_k blocks cover every
@@ -121,7 +155,7 @@ def moba_attention(
         ValueError: mismatched inputs, `k_positions` without `picks`, or a backend that is not there.
     """
     _check_inputs(q_THD, k_SGD, v_SGD, seq)
-    _check_sizes(block_size, top_k)
+    _check_sizes(block_size, top_k, force_previous_block)
     attend: _Attention = _function("moba_attention", backend, q_THD)
     if picks is None:
         if seq.k_positions is not None:
@@ -132,7 +166,16 @@ def moba_attention(
         if top_k * block_size >= seq.max_document and backend != "reference":
             return full_attention(q_THD, k_SGD, v_SGD, seq, softmax_scale=softmax_scale)
         known = backend if backend in _BACKENDS["select_from_means"] else "auto"
-        picks = select_blocks(q_THD, k_SGD, seq, block_size=block_size, top_k=top_k, backend=known)
+        picks = select_blocks(
+            q_THD,
+            k_SGD,
+            seq,
+            block_size=block_size,
+            top_k=top_k,
+            force_previous_block=force_previous_block,
+            share_picks_in_group=share_picks_in_group,
+            backend=known,
+        )
     expected = (*q_THD.shape[:2], top_k)
     if picks.shape != expected or picks.dtype != torch.int32 or picks.device != q_THD.device:
         raise ValueError(
@@ -202,10 +245,12 @@ def _scale(softmax_scale: float | None, q_THD: Tensor) -> float:
     return q_THD.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
 
 
-def _check_sizes(block_size: int, top_k: int) -> None:
+def _check_sizes(block_size: int, top_k: int, force_previous_block: bool) -> None:
     for name, value in (("block_size", block_size), ("top_k", top_k)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+    if force_previous_block and top_k < 2:
+        raise ValueError("force_previous_block picks two blocks, the own and the one before: top_k must be at least 2")
 
 
 def _check_queries(q_THD: Tensor, seq: SequenceInfo) -> None:

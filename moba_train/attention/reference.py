@@ -69,19 +69,40 @@ def moba_mask(seq: SequenceInfo, picks_THK: Tensor, block_size: int) -> Tensor:
 
 
 @torch.no_grad()
-def select_from_means(q_THD: Tensor, means_NGD: Tensor, seq: SequenceInfo, *, block_size: int, top_k: int) -> Tensor:
-    """The gate, one query and head at a time -> int32 [T, H, K]: own block, then by falling score, then -1 pads."""
+def select_from_means(
+    q_THD: Tensor,
+    means_NGD: Tensor,
+    seq: SequenceInfo,
+    *,
+    block_size: int,
+    top_k: int,
+    force_previous_block: bool = False,
+    share_picks_in_group: bool = False,
+) -> Tensor:
+    """The gate, one query and head at a time -> int32 [T, H, K]: own block, then by falling score, then -1 pads.
+
+    force_previous_block: the block right before the query's own, where its document has one, is picked whatever its
+    score. It comes second and counts as one of top_k (which must be at least 2); the other top_k - 2 are the best of
+    the blocks before it. So a query near the start of its block still sees its neighbourhood.
+
+    share_picks_in_group: the query heads of a key head pick together, by the sum of their scores. Scores are linear in
+    the query, so it ranks blocks by the group's mean query: of all ways to combine heads the one that costs a single
+    dot product a group. Sums and dots run in fp64 and are rounded once, as for any score.
+    """
     num_queries, num_heads, _ = q_THD.shape
     group = num_heads // means_NGD.shape[1]
     scores_THN = torch.einsum("thd,nhd->thn", q_THD.double(), means_NGD.double().repeat_interleave(group, 1))
+    if share_picks_in_group:
+        scores_THN = scores_THN.unflatten(1, (-1, group)).sum(2).repeat_interleave(group, 1)
     scores = (scores_THN if q_THD.dtype == torch.float64 else scores_THN.float()).tolist()
     table = seq.blocks(block_size)
     picks = []
     for t, (first, own) in enumerate(zip(table.first_T.tolist(), table.own_T.tolist(), strict=True)):
+        forced = [own, own - 1] if force_previous_block and own > first else [own]
         for row in scores[t]:
-            ranked = sorted((-row[n], n) for n in range(first, own))
-            others = [n for _, n in ranked[: top_k - 1]]
-            picks.append([own, *others, *[-1] * (top_k - 1 - len(others))])
+            ranked = sorted((-row[n], n) for n in range(first, own) if n not in forced)
+            chosen = [*forced, *(n for _, n in ranked)][:top_k]
+            picks.append([*chosen, *[-1] * (top_k - len(chosen))])
     return torch.tensor(picks, dtype=torch.int32, device=q_THD.device).view(num_queries, num_heads, top_k)
 
 
