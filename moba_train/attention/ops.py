@@ -21,7 +21,7 @@ from torch import Tensor
 from moba_train.attention import gate
 from moba_train.attention.sequence import SequenceInfo
 
-__all__ = ["full_attention", "moba_attention", "select_blocks", "select_from_means"]
+__all__ = ["convolve_keys", "full_attention", "moba_attention", "select_blocks", "select_from_means"]
 
 _Gate = Callable[..., Tensor]
 _Attention = Callable[..., tuple[Tensor, Tensor]]
@@ -40,6 +40,11 @@ _BACKENDS: dict[str, dict[str, str]] = {
         "portable": "moba_train.attention.portable",
         "triton": "moba_train.attention.kernels.moba",
     },
+    "convolve_keys": {
+        "reference": "moba_train.attention.reference",
+        "portable": "moba_train.attention.key_conv",
+        "triton": "moba_train.attention.kernels.key_conv",
+    },
     "full_attention": {
         "reference": "moba_train.attention.reference",
         "sdpa": "moba_train.attention.dense",
@@ -49,6 +54,7 @@ _BACKENDS: dict[str, dict[str, str]] = {
 _AUTO: dict[str, dict[str, tuple[str, ...]]] = {
     "select_from_means": {"cpu": ("portable",), "cuda": ("triton", "portable")},
     "moba_attention": {"cpu": ("portable",), "cuda": ("triton", "portable")},
+    "convolve_keys": {"cpu": ("portable",), "cuda": ("triton", "portable")},
     "full_attention": {"cpu": ("sdpa",), "cuda": ("flash", "sdpa", "reference")},
 }
 _SLOW_ON_GPU = ("reference", "portable")  # these alone compute fp64 there
@@ -207,6 +213,36 @@ def full_attention(
     _check_inputs(q_THD, k_SGD, v_SGD, seq)
     attend: _Attention = _function("full_attention", backend, q_THD)
     return attend(q_THD, k_SGD, v_SGD, seq, scale=_scale(softmax_scale, q_THD))
+
+
+def convolve_keys(k_SGD: Tensor, weight_GDW: Tensor, seq: SequenceInfo, *, backend: str = "auto") -> Tensor:
+    """Short causal depthwise convolution over the keys of each document (arXiv 2511.11571) -> [T, G, D] in k's dtype.
+
+    k'_t = k_t + SiLU(sum over l < W of weight[l] * k_{t-l}); keys before the document count as zero, and zero weights
+    leave every key as it is. Sums run in fp32 (fp64 for fp64 keys). Rows of the result are those of the queries: with
+    `q_positions` and `k_positions` a decoder convolves the keys of new tokens from them and the last W - 1 before.
+
+    Args:
+        weight_GDW: floating point; W >= 1 weights for each channel of each key head, lag 0 first.
+        backend: "auto", "reference", "portable" or "triton".
+
+    Raises:
+        ValueError: mismatched inputs, held keys that lack one that a query's key needs, or a backend that is not there.
+    """
+    if k_SGD.dim() != 3 or k_SGD.shape[0] != seq.num_held or not k_SGD.dtype.is_floating_point:
+        raise ValueError(
+            f"k must be floating point [{seq.num_held} held keys, key heads, head dim], got {k_SGD.dtype} "
+            f"{list(k_SGD.shape)} ({seq!r})"
+        )
+    fits = weight_GDW.dim() == 3 and weight_GDW.shape[:2] == k_SGD.shape[1:] and weight_GDW.shape[2] >= 1
+    if not fits or not weight_GDW.dtype.is_floating_point or weight_GDW.device != k_SGD.device:
+        raise ValueError(
+            f"weight must be floating point [{k_SGD.shape[1]} key heads, {k_SGD.shape[2]}, width] on {k_SGD.device}, "
+            f"got {weight_GDW.dtype} {list(weight_GDW.shape)} on {weight_GDW.device}"
+        )
+    seq.window(weight_GDW.shape[2], k_SGD.device)  # refuses held keys that are too few
+    convolve: Callable[..., Tensor] = _function("convolve_keys", backend, k_SGD)
+    return convolve(k_SGD, weight_GDW, seq)
 
 
 def _function(op: str, backend: str, q_THD: Tensor) -> Callable[..., Any]:

@@ -15,7 +15,15 @@ from torch import Tensor
 
 from moba_train.attention.sequence import SequenceInfo
 
-__all__ = ["full_attention", "full_mask", "masked_attention", "moba_attention", "moba_mask", "select_from_means"]
+__all__ = [
+    "convolve_keys",
+    "full_attention",
+    "full_mask",
+    "masked_attention",
+    "moba_attention",
+    "moba_mask",
+    "select_from_means",
+]
 
 
 def moba_attention(
@@ -104,6 +112,24 @@ def select_from_means(
             chosen = [*forced, *(n for _, n in ranked)][:top_k]
             picks.append([*chosen, *[-1] * (top_k - len(chosen))])
     return torch.tensor(picks, dtype=torch.int32, device=q_THD.device).view(num_queries, num_heads, top_k)
+
+
+def convolve_keys(k_SGD: Tensor, weight_GDW: Tensor, seq: SequenceInfo) -> Tensor:
+    """The key convolution of README.md, one query's key at a time -> [T, G, D] in k's dtype.
+
+    k'_t = k_t + SiLU(sum over lags l < W of weight[l] * k_{t-l}), channel by channel; keys before the document's start
+    count as zero (arXiv 2511.11571).
+    """
+    rows_T, rows_S, document = _rows(seq)
+    place = {row: s for s, row in enumerate(rows_S.tolist())}
+    keys, weight_GDW = _wide(k_SGD), weight_GDW.to(_wide(k_SGD).dtype)
+    out = []
+    for t in rows_T.tolist():
+        lags = [lag for lag in range(weight_GDW.shape[2]) if t - lag >= 0 and document[t - lag] == document[t]]
+        mixed_GD = torch.stack([weight_GDW[..., lag] * keys[place[t - lag]] for lag in lags]).sum(0)
+        out.append(keys[place[t]] + torch.nn.functional.silu(mixed_GD))
+    # The empty slice keeps the graph, and the shape, where there is no query.
+    return torch.cat([keys[:0], *(x[None] for x in out)]).to(k_SGD.dtype)
 
 
 def _rows(seq: SequenceInfo) -> tuple[Tensor, Tensor, Tensor]:

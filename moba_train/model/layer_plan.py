@@ -16,6 +16,7 @@ import enum
 import itertools
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from moba_train.config.schema import AttentionConfig, ConfigError
 
@@ -31,11 +32,19 @@ class LayerKind(enum.StrEnum):
 
 @dataclass(frozen=True)
 class LayerAttention:
-    """One layer's attention; block_size (tokens) and top_k (blocks, own included) only matter to MoBA."""
+    """One layer's attention; all but the kind only matters to MoBA. top_k counts blocks, the own one included."""
 
     kind: LayerKind
     block_size: int
     top_k: int
+    force_previous_block: bool = False
+    share_picks_in_group: bool = False
+
+    @property
+    def routing(self) -> dict[str, Any]:
+        """What attention's `moba_attention` and `select_blocks` take to pick blocks."""
+        names = ("block_size", "top_k", "force_previous_block", "share_picks_in_group")
+        return {name: getattr(self, name) for name in names}
 
 
 def layer_plan(attention: AttentionConfig, num_layers: int, step: int = 0) -> tuple[LayerAttention, ...]:
@@ -52,16 +61,29 @@ def layer_plan(attention: AttentionConfig, num_layers: int, step: int = 0) -> tu
             raise ConfigError(f"attention.{key}", count, f"choose 0 to model.num_layers={num_layers}")
     dense = {*range(first), *range(num_layers - last, num_layers)}
     kinds = [LayerKind.FULL if layer in dense else kind for layer, kind in enumerate(kinds)]
-    return tuple(LayerAttention(kind, attention.block_size, attention.top_k) for kind in kinds)
+    options = (attention.force_previous_block, attention.share_picks_in_group)
+    plan = tuple(LayerAttention(kind, attention.block_size, attention.top_k, *options) for kind in kinds)
+    for layer in plan:
+        if layer.kind is LayerKind.MOBA and layer.force_previous_block and layer.top_k < 2:
+            remedy = "with attention.force_previous_block it must be at least 2: the own block and the one before"
+            raise ConfigError("attention.top_k", layer.top_k, remedy)
+    return plan
 
 
 def describe(plan: tuple[LayerAttention, ...]) -> str:
-    """The plan in one line, equal neighbours counted: 'moba*3(64,4), full*1' with (block_size, top_k)."""
+    """The plan in one line, equal neighbours counted: 'moba*3(64,4), full*1' with (block_size, top_k).
+
+    Gate options follow where they are on: 'moba*3(64,4,previous,shared)'.
+    """
     runs = ((layer, len(list(group))) for layer, group in itertools.groupby(plan))
-    return ", ".join(
-        f"{layer.kind}*{count}" + (f"({layer.block_size},{layer.top_k})" if layer.kind is LayerKind.MOBA else "")
-        for layer, count in runs
-    )
+    return ", ".join(f"{layer.kind}*{count}{_details(layer)}" for layer, count in runs)
+
+
+def _details(layer: LayerAttention) -> str:
+    if layer.kind is LayerKind.FULL:
+        return ""
+    options = ["previous"] * layer.force_previous_block + ["shared"] * layer.share_picks_in_group
+    return f"({','.join([str(layer.block_size), str(layer.top_k), *options])})"
 
 
 def _parse(pattern: str) -> list[LayerKind]:

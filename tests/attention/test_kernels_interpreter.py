@@ -15,7 +15,7 @@ from functools import partial
 import pytest
 import torch
 
-from moba_train.attention import full_attention, moba_attention, reference, select_blocks
+from moba_train.attention import convolve_keys, full_attention, moba_attention, reference, select_blocks
 from moba_train.attention.gate import block_means, block_sums
 from tests.helpers.cases import CASES_BY_NAME, Case, Inputs, Result, run_op
 from tests.helpers.tolerance import assert_close, assert_low_precision
@@ -170,6 +170,22 @@ def test_gate_equals_reference(name: str) -> None:
     means = block_means(inputs.k_SGD, seq, case.block_size)
     sizes = case.routing
     assert torch.equal(gate_kernels.select_from_means(inputs.q_THD, means, seq, **sizes), _picks(case, inputs))
+
+
+@interpreted
+@pytest.mark.parametrize("name", ["strided-inputs", "empty-documents", "zigzag-last-rank", "long-lists"])
+def test_key_convolution_equals_reference(name: str) -> None:
+    case, seq = CASES_BY_NAME[name], CASES_BY_NAME[name].sequence()
+    inputs = case.inputs(torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(case.key_heads, case.head_dim, 3, generator=generator).requires_grad_()
+    grad = inputs.dout_THD[:, : case.key_heads]
+    results = []
+    for backend in ("triton", "reference"):
+        out = convolve_keys(inputs.k_SGD, weight, seq, backend=backend)
+        results.append([out, *torch.autograd.grad(out, (inputs.k_SGD, weight), grad)])
+    for field, got, want in zip(("out", "dk", "dweight"), *results, strict=True):
+        assert_close(got, want, torch.float32, field)
 
 
 @interpreted

@@ -36,9 +36,14 @@ def _straight_and_resumed(rank, world_size, data, root, layouts):
 
 
 def _resume_elsewhere(rank, world_size, data, root, layouts):
-    start = f"checkpoint.load={root / 'one'}"
+    """Per layout, the curve of a run that goes on from the checkpoint in root/(what the layout's name begins with)."""
     return {
-        name: losses(small_config(data, root / f"elsewhere-{name}", start, *overrides), STEPS - STOP)
+        name: losses(
+            small_config(
+                data, root / f"elsewhere-{name}", f"checkpoint.load={root / name.partition(',')[0]}", *overrides
+            ),
+            STEPS - STOP,
+        )
         for name, overrides in layouts.items()
     }
 
@@ -53,14 +58,18 @@ def data(root):
     return corpus(root / "data")
 
 
+CONVOLVED = ["attention.key_conv=3"]
+
+
 @pytest.fixture(scope="module")
 def one_process(root, data):
-    """(straight, resumed) curves of one process; its checkpoint of step STOP stays in root/one."""
-    return run_distributed(_straight_and_resumed, 1, data, root, {"one": []})[0]["one"]
+    """By name, (straight, resumed) curves of one process; its checkpoint of step STOP stays in root/(name)."""
+    return run_distributed(_straight_and_resumed, 1, data, root, {"one": [], "convolved": CONVOLVED})[0]
 
 
-def test_one_process_resumes_bit_identically(one_process):
-    straight, resumed = one_process
+@pytest.mark.parametrize("name", ["one", "convolved"])
+def test_one_process_resumes_bit_identically(one_process, name):
+    straight, resumed = one_process[name]
     assert resumed == straight
 
 
@@ -70,18 +79,31 @@ def test_two_ranks_resume_bit_identically(root, data):
         assert resumed == straight, layout
 
 
-def test_saved_by_one_loaded_by_two(root, data, one_process):
-    straight, _ = one_process
-    layouts = {
-        "data": [],
-        "tensor": ["parallel.tensor=2"],
-        "pipeline": ["parallel.pipeline=2"],
-        "context": ["parallel.context=2"],
-    }
-    for layout, found in run_distributed(_resume_elsewhere, 2, data, root, layouts)[0].items():
-        for (loss, norm), (expected_loss, expected_norm) in zip(found, straight[STOP:], strict=True):
-            assert loss == pytest.approx(expected_loss, rel=LOSS_RTOL), layout
-            assert norm == pytest.approx(expected_norm, rel=GRAD_NORM_RTOL), layout
+LAYOUTS = {
+    "one, data": [],
+    "one, tensor": ["parallel.tensor=2"],
+    "one, pipeline": ["parallel.pipeline=2"],
+    "one, context": ["parallel.context=2"],
+    "convolved, tensor": [*CONVOLVED, "parallel.tensor=2"],
+}
+WEIGHTS = {
+    "one, weights": ["checkpoint.load_weights_only=true"],
+    "one, weights, convolution": ["checkpoint.load_weights_only=true", *CONVOLVED],
+}
+
+
+@pytest.fixture(scope="module")
+def elsewhere(root, data, one_process):
+    """Curves of two ranks that start from one process's checkpoints, by layout."""
+    return run_distributed(_resume_elsewhere, 2, data, root, LAYOUTS | WEIGHTS, timeout=240)[0]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_saved_by_one_loaded_by_two(one_process, elsewhere, layout):
+    straight, _ = one_process[layout.partition(",")[0]]
+    for (loss, norm), (expected_loss, expected_norm) in zip(elsewhere[layout], straight[STOP:], strict=True):
+        assert loss == pytest.approx(expected_loss, rel=LOSS_RTOL)
+        assert norm == pytest.approx(expected_norm, rel=GRAD_NORM_RTOL)
 
 
 class TestDamage:
@@ -182,3 +204,23 @@ def test_what_the_optimizer_and_data_position_depend_on_may_not_change(root, dat
             data, root / "new", f"checkpoint.load={root / 'one'}", "checkpoint.load_weights_only=true", override
         )
     )
+
+
+@pytest.mark.parametrize("start, width", [("one", 3), ("convolved", 4), ("convolved", 0)])
+def test_key_convolutions_are_neither_dropped_nor_begun_by_accident(root, data, one_process, start, width):
+    load = [f"checkpoint.load={root / start}", f"attention.key_conv={width}"]
+    with pytest.raises(ConfigError) as caught:
+        checkpoint.check(small_config(data, root / "new", *load))
+    assert caught.value.key == "attention.key_conv"
+    weights_only = small_config(data, root / "new", *load, "checkpoint.load_weights_only=true")
+    if start == "one":
+        checkpoint.check(weights_only)
+    else:
+        with pytest.raises(ConfigError, match="trained with 3"):
+            checkpoint.check(weights_only)
+
+
+def test_a_checkpoint_without_key_convolutions_starts_them_as_the_identity(elsewhere):
+    without, convolved = elsewhere["one, weights"], elsewhere["one, weights, convolution"]
+    assert convolved[0][0] == without[0][0]
+    assert convolved[1][0] != without[1][0]

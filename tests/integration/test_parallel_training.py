@@ -9,6 +9,8 @@ from tests.helpers.training import corpus, losses_of_layouts
 pytestmark = pytest.mark.timeout(900)  # a spawned run has its own, shorter limit
 
 STEPS = 20
+# The options of the gate, one of which has weights; they start from a checkpoint without them.
+GATE = ["attention.force_previous_block=true", "attention.share_picks_in_group=true", "attention.key_conv=3"]
 STEPS_OF_FOUR = 6
 TWO_RANKS = {
     "data, distributed optimizer": [],
@@ -26,6 +28,8 @@ TWO_RANKS = {
     "context, ring for full layers": ["parallel.context=2", "parallel.full_context_strategy=ring"],
     "context, one document a row": ["parallel.context=2", "data.mode=concatenated"],
     "full recomputation": ["parallel.recompute=full"],
+    "gate options, context, balanced": [*GATE, "parallel.context=2", "parallel.context_layout=balanced"],
+    "gate options, tensor and sequence": [*GATE, "parallel.tensor=2", "parallel.sequence=true"],
 }
 FOUR_RANKS = {
     "tensor, sequence, context": ["parallel.tensor=2", "parallel.sequence=true", "parallel.context=2"],
@@ -33,6 +37,12 @@ FOUR_RANKS = {
     "tensor, pipeline interleaved": ["parallel.tensor=2", "parallel.pipeline=2", "parallel.virtual_pipeline=2"],
     "context, data": ["parallel.context=2"],
     "context of four, all to all": ["parallel.context=4", "parallel.context_strategy=all_to_all"],
+    "gate options, context of four, all to all": [
+        *GATE,
+        "parallel.context=4",
+        "parallel.context_strategy=all_to_all",
+        "parallel.recompute=full",
+    ],
 }
 
 
@@ -41,7 +51,11 @@ def curves(tmp_path_factory):
     """(one process, one process on concatenated rows, all layouts) as lists of (loss, gradient norm)."""
     root = tmp_path_factory.mktemp("parallel")
     data = corpus(root / "data")
-    alone = {"one process": [], "one process, concatenated": ["data.mode=concatenated"]}
+    alone = {
+        "one process": [],
+        "one process, concatenated": ["data.mode=concatenated"],
+        "one process, gate options": GATE,
+    }
     (found,) = run_distributed(losses_of_layouts, 1, data, root, alone, STEPS)
     for world_size, layouts, steps in ((2, TWO_RANKS, STEPS), (4, FOUR_RANKS, STEPS_OF_FOUR)):
         by_rank = run_distributed(losses_of_layouts, world_size, data, root, layouts, steps, timeout=400)
@@ -55,9 +69,21 @@ def test_one_process_learns(curves):
     assert losses[-1] < losses[0] - 0.3
 
 
+def test_gate_options_change_what_is_learnt(curves):
+    plain, options = curves["one process"], curves["one process, gate options"]
+    assert options[-1][0] < options[0][0] - 0.3
+    assert abs(options[-1][0] - plain[-1][0]) > 1e-3
+
+
+def _reference(layout: str) -> str:
+    if layout.startswith("gate options"):
+        return "one process, gate options"
+    return "one process, concatenated" if layout == "context, one document a row" else "one process"
+
+
 @pytest.mark.parametrize("layout", [*TWO_RANKS, *FOUR_RANKS])
 def test_layout_reproduces_one_process(curves, layout):
-    expected = curves["one process, concatenated" if layout == "context, one document a row" else "one process"]
+    expected = curves[_reference(layout)]
     steps = STEPS if layout in TWO_RANKS else STEPS_OF_FOUR
     for (loss, norm), (expected_loss, expected_norm) in zip(curves[layout], expected[:steps], strict=True):
         assert loss == pytest.approx(expected_loss, rel=LOSS_RTOL)
