@@ -29,6 +29,12 @@ def test_the_command_line_wins_over_the_recipe():
 
 def test_a_pattern_with_commas_needs_no_quotes():
     assert compose(["attention.pattern=moba*3,full"]).attention.pattern == "moba*3,full"
+    assert compose(['attention.pattern="moba*3,full"']).attention.pattern == "moba*3,full"
+
+
+@pytest.mark.parametrize("path", ["a=b,c", "with space", "x(1)", 'C:\\runs\\"q"', "~/runs", "über/läufe"])
+def test_any_path_needs_no_quotes(path):
+    assert compose([f"run.dir={path}"]).run.dir == path
     assert compose(['attention.pattern="full,moba"']).attention.pattern == "full,moba"
 
 
@@ -90,8 +96,14 @@ class TestCommandLine:
         assert "128k" in text
         assert "dense_last_layers" in text
 
-    @pytest.mark.parametrize("rank, heard", [("0", True), ("1", False)])
-    def test_an_error_is_one_message_from_the_first_process(self, capsys, monkeypatch, rank, heard):
+    @pytest.mark.parametrize("rank, local_rank, waited", [("0", "0", []), ("8", "0", []), ("9", "1", [10.0])])
+    def test_an_error_is_one_message_a_machine_and_others_leave_it_the_word(
+        self, capsys, monkeypatch, rank, local_rank, waited
+    ):
+        waits = []
+        monkeypatch.setattr("time.sleep", waits.append)
         monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
         assert run_command_line(pytest.fail, "doc", ["foo=1"]) == 2
-        assert ("foo='1'" in capsys.readouterr().err) == heard
+        assert "foo='1'" in capsys.readouterr().err
+        assert waits == waited
