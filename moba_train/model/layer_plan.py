@@ -47,6 +47,8 @@ def layer_plan(attention: AttentionConfig, num_layers: int, step: int = 0) -> tu
         raise ValueError(f"step={step} is negative")
     kinds = list(itertools.islice(itertools.cycle(_parse(attention.pattern)), num_layers))
     first, last = attention.dense_first_layers, attention.dense_last_layers
+    if isinstance(last, str):
+        raise ConfigError("attention.dense_last_layers", last, "a number: what it stands for is measured at the start")
     for key, count in (("dense_first_layers", first), ("dense_last_layers", last)):
         if not 0 <= count <= num_layers:
             raise ConfigError(f"attention.{key}", count, f"choose 0 to model.num_layers={num_layers}")

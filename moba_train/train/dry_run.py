@@ -11,6 +11,7 @@ from moba_train.model.layer_plan import LayerKind, describe, layer_plan
 from moba_train.train.estimate import memory_gib, parameter_count
 from moba_train.train.flops import matmul_flops_per_token, training_flops
 from moba_train.train.report import print_table
+from moba_train.train.setup import planned
 
 __all__ = ["print_plan"]
 
@@ -18,11 +19,12 @@ __all__ = ["print_plan"]
 def print_plan(config: RunConfig, world_size: int) -> None:
     """Resolved recipe, layer plan, layout, parameters, FLOPs per token and estimated memory of a validated run."""
     model, parallel, train = config.model, config.parallel, config.train
-    plan = layer_plan(config.attention, model.num_layers)
+    attention = planned(config).attention
+    plan = layer_plan(attention, model.num_layers)
     dp = data_parallel_size(config, world_size)
     length = train.sequence_length
     flops = training_flops(model, plan, [length]) / length
-    full = layer_plan(dataclasses.replace(config.attention, pattern="full"), model.num_layers)
+    full = layer_plan(dataclasses.replace(attention, pattern="full"), model.num_layers)
     dense = training_flops(model, full, [length]) / length
     tokens = train.global_batch_size * length
 
@@ -30,7 +32,7 @@ def print_plan(config: RunConfig, world_size: int) -> None:
     print_table(
         f"{config.recipe}: {model.name} on {world_size} GPUs",
         [
-            ("layer plan", describe(plan)),
+            ("layer plan", describe(plan) + (", before auto chooses" if attention != config.attention else "")),
             ("full layers", ", ".join(str(i) for i, x in enumerate(plan) if x.kind is LayerKind.FULL) or "none"),
             (
                 "tensor x pipeline x context x data",
