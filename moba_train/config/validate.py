@@ -214,7 +214,9 @@ def _check_training(config: RunConfig) -> None:
 
 def _check_dense_layers(config: RunConfig) -> None:
     attention, layers = config.attention, config.model.num_layers
-    _require(config, "attention.dense_first_layers", attention.dense_first_layers <= layers, f"the model has {layers}")
+    _require(
+        config, "attention.dense_first_layers", attention.dense_first_layers <= layers, f"the model has {layers} layers"
+    )
     last, target = attention.dense_last_layers, attention.dense_target
     number = isinstance(last, int) and 0 <= last <= layers
     _require(config, "attention.dense_last_layers", number or last == "auto", f"choose 0 to {layers} layers, or auto")

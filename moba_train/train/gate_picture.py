@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator
 
 __all__ = ["draw_gate"]
 
@@ -42,11 +42,13 @@ def draw_gate(record: dict[str, Any], path: Path) -> Path:
         cells = [[math.nan if x is None else x for x in row]]
         mesh = heat.pcolormesh(edges, [layer - 0.5, layer + 0.5], cells, norm=norm, cmap="viridis")
     heat.set(xlabel="place of the block in its document (tokens)", ylabel="layer", ylim=(num_layers - 0.5, -0.5))
-    heat.set_xlim(0, max((len(row) * width for row, width in zip(rates, widths, strict=True) if row), default=1))
+    length = max((len(row) * width for row, width in zip(rates, widths, strict=True) if row), default=1)
+    heat.set_xlim(0, length)
+    heat.xaxis.set_major_locator(MultipleLocator(2 ** max(0, math.ceil(math.log2(length / 8)))))
     heat.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=16, min_n_ticks=1))
     heat.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1024:g}K" if x >= 1024 else f"{x:g}"))
     if mesh is not None:
-        bar = figure.colorbar(mesh, ax=heat, location="left", pad=0.02)
+        bar = figure.colorbar(mesh, ax=heat, location="left", pad=0.02, shrink=min(1.0, 12 / num_layers))
         bar.set_label("share of the queries that could\npick it and do")
     if any(row is None for row in rates):
         full = Patch(facecolor="0.9", hatch="///", edgecolor="0.75", label="full attention")

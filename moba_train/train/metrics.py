@@ -105,7 +105,9 @@ def _for_wandb(record: dict[str, Any]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for key, value in record.items():
         if key.startswith(("gate/", "gradient_density/")) and isinstance(value, list):
-            numbers = {f"{key}/layer_{i}": x for i, x in enumerate(value) if isinstance(x, (int, float))}
+            numbers: dict[str, Any] = {
+                f"{key}/layer_{i}": x for i, x in enumerate(value) if isinstance(x, (int, float))
+            }
             values.update(numbers or {key: value})
         elif key != "step":
             values[key] = value

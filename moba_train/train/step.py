@@ -142,7 +142,7 @@ def forward_rows(run: Run, rows: list[Batch]) -> None:
     for chunk in run.chunks:
         chunk.eval()
     with torch.no_grad():
-        _run_schedule(run, iter(rows), _loss_sums, forward_only=True, count=len(rows))
+        _run_schedule(run, iter(rows), _nothing, forward_only=True, count=len(rows))
     for chunk in run.chunks:
         chunk.train()
 
@@ -198,6 +198,10 @@ def _forward_step(
 def _loss_sums(losses_T: torch.Tensor, batch: Batch) -> torch.Tensor:
     total, count = masked_sum(losses_T, batch.loss_mask)
     return torch.stack([total.double(), count.double()])
+
+
+def _nothing(losses_T: torch.Tensor, batch: Batch) -> torch.Tensor:
+    return losses_T.new_zeros(1, dtype=torch.float64)
 
 
 def _position_report(losses_T: torch.Tensor, batch: Batch, buckets: int, length: int) -> torch.Tensor:
