@@ -112,7 +112,8 @@ class AttentionConfig:
     block_size: int = 64
     top_k: int = 4  # blocks a query attends to, its own included
     dense_first_layers: int = 0
-    dense_last_layers: int = 0
+    dense_last_layers: int | str = 0  # a number | auto: measured at the start (train/dense_layers.py)
+    dense_target: float | None = None  # of auto: share of full attention's direct gradient density; None: 0.5
     full_layers: tuple[int, ...] = ()  # layers, numbered from 0, that are full whatever the pattern says
     overrides: tuple[LayerOverride, ...] = ()
     schedule: tuple[AttentionPhase, ...] = ()  # before the first phase begins, the keys above alone hold
@@ -198,6 +199,8 @@ class MetricsConfig:
 
     log_every: int = 1
     position_buckets: int = 16  # of loss_by_position.png
+    gate_every: int = 0  # steps; 0: never. Keys gate/... and gradient_density/..., picture gate.png
+    gate_per_head: bool = False  # the same for every head
 
 
 @dataclass(frozen=True)
@@ -235,6 +238,10 @@ class RunConfig:
     wandb: WandbConfig = field(default_factory=WandbConfig)
     run: RunDirConfig = field(default_factory=RunDirConfig)
 
+    def with_dense_last_layers(self, number: int) -> RunConfig:
+        """The same run with a number of dense last layers, where `auto` stood."""
+        return dataclasses.replace(self, attention=dataclasses.replace(self.attention, dense_last_layers=number))
+
 
 def to_dict(config: Any) -> dict[str, Any]:
     """The config as nested plain dicts: what checkpoints and wandb store, and what `from_dict` reads."""
@@ -265,10 +272,11 @@ def unknown_key(key: str, value: Any, known: typing.Iterable[str]) -> ConfigErro
 
 
 def _convert(value: Any, hint: Any, key: str) -> Any:
-    if isinstance(hint, types.UnionType):  # X | None
-        if value is None:
+    if isinstance(hint, types.UnionType):  # X | None, or int | str
+        if value is None and type(None) in typing.get_args(hint):
             return None
-        hint = next(h for h in typing.get_args(hint) if h is not type(None))
+        kinds = [h for h in typing.get_args(hint) if h is not type(None)]
+        hint = next((h for h in kinds if h is type(value)), kinds[0])
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
             raise ConfigError(key, value, "expects a group of keys, not a single value")
