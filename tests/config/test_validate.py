@@ -56,6 +56,7 @@ def test_every_recipe_is_valid_at_its_smallest_size_and_at_four_times_that(recip
         (["attention.block_size=0"], 1, "attention.block_size", "at least 1"),
         (["attention.dense_last_layers=5"], 1, "attention.dense_last_layers", "4 layers"),
         (["attention.dense_first_layers=-1"], 1, "attention.dense_first_layers", "at least 0"),
+        (["attention.key_conv=-1"], 1, "attention.key_conv", "at least 0"),
         (["attention.backend=cuda"], 1, "attention.backend", "triton"),
         (["parallel.gather_heads=3"], 1, "parallel.gather_heads", "1 to 2"),
         (["parallel.context_strategy=teleport"], 1, "parallel.context_strategy", "all_gather"),
