@@ -72,7 +72,7 @@ def test_one_process_learns(curves):
 def test_gate_options_change_what_is_learnt(curves):
     plain, options = curves["one process"], curves["one process, gate options"]
     assert options[-1][0] < options[0][0] - 0.3
-    assert abs(options[-1][0] - plain[-1][0]) > 1e-4
+    assert abs(options[-1][0] - plain[-1][0]) > 1e-3
 
 
 def _reference(layout: str) -> str:
