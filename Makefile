@@ -7,12 +7,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DATA := data/stdlib
+QUESTIONS := data/code_questions
 # Processes: one a GPU, or two on a CPU with two cores. Deferred: asked only after the installation.
 NPROC ?= $(shell $(BIN)/python -c 'import os, torch; print(torch.cuda.device_count() or min(os.cpu_count(), 2))')
 SYSTEM_TORCH ?=
 ARGS ?=
 
-.PHONY: help install pretrain test lint format clean
+.PHONY: help install pretrain sft test lint format clean
 
 help:  ## Show this list
 	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,10 +35,20 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 $(DATA)/dataset.json: | $(VENV)/.installed
 	@$(BIN)/python launch/prepare_data.py --output $(DATA)
 
+$(QUESTIONS)/train.jsonl: | $(VENV)/.installed
+	@$(BIN)/python experiments/sparse_loss_sft/build.py --output $(QUESTIONS)
+
+define TORCHRUN
+processes=$(NPROC); threads=$$(( $$(nproc) / processes )); \
+export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(( threads > 0 ? threads : 1 ))}; \
+$(BIN)/torchrun --standalone --nproc-per-node $$processes
+endef
+
 pretrain: $(VENV)/.installed $(DATA)/dataset.json  ## Prepare text and train recipe tiny (ARGS="train.steps=50")
-	@processes=$(NPROC); threads=$$(( $$(nproc) / processes )); \
-	export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(( threads > 0 ? threads : 1 ))}; \
-	$(BIN)/torchrun --standalone --nproc-per-node $$processes launch/pretrain.py recipe=tiny $(ARGS)
+	@$(TORCHRUN) launch/pretrain.py recipe=tiny $(ARGS)
+
+sft: $(VENV)/.installed $(DATA)/dataset.json $(QUESTIONS)/train.jsonl  ## Make chat rows and fine-tune (ARGS="checkpoint.load=runs/... checkpoint.load_weights_only=true")
+	@$(TORCHRUN) launch/sft.py recipe=sft_tiny $(ARGS)
 
 test: $(VENV)/.installed  ## Run the tests that need no GPU (ARGS="-k gate")
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(ARGS)
