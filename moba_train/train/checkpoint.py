@@ -131,6 +131,9 @@ def _check_position(config: RunConfig, path: Path, metadata: Metadata) -> None:
     if (theirs["sft"]["path"] is None) != (ours["sft"]["path"] is None):
         what = "on chat rows" if ours["sft"]["path"] is None else "on plain text"
         raise ConfigError("sft.path", ours["sft"]["path"], f"the checkpoint {path} was trained {what}; {fresh}")
+    if not own and metadata.step >= config.train.steps:
+        more = f"the checkpoint {path} is at step {metadata.step} already; ask for more steps"
+        raise ConfigError("train.steps", config.train.steps, more)
     for section, names in _POSITION.items():
         for name in names:
             # JSON knows lists only, and older checkpoints lack newer keys.
