@@ -8,7 +8,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DATA := data/stdlib
 QUESTIONS := data/code_questions
-# Processes of recipes tiny and sft_tiny, which have 4 rows a step: 4, 2 or 1, as there are GPUs (or CPU cores, of which 2 are enough).
+# Processes of recipes tiny and sft_tiny, which have 4 rows a step: 4, 2 or 1, as there are GPUs (or CPU cores, of which
+# 2 are enough).
 # Deferred: asked only after the installation.
 NPROC ?= $(shell $(BIN)/python -c 'import os, torch; n = torch.cuda.device_count() or min(os.cpu_count(), 2); \
 	print(max(p for p in (1, 2, 4) if p <= n))')
@@ -49,7 +50,7 @@ endef
 pretrain: $(VENV)/.installed $(DATA)/dataset.json  ## Prepare text and train recipe tiny (ARGS="train.steps=50")
 	@$(TORCHRUN) launch/pretrain.py recipe=tiny $(ARGS)
 
-sft: $(VENV)/.installed $(DATA)/dataset.json $(QUESTIONS)/train.jsonl  ## Make chat rows and fine-tune (ARGS="checkpoint.load=runs/... checkpoint.load_weights_only=true")
+sft: $(VENV)/.installed $(DATA)/dataset.json $(QUESTIONS)/train.jsonl  ## Make chat rows and fine-tune recipe sft_tiny on them
 	@$(TORCHRUN) launch/sft.py recipe=sft_tiny $(ARGS)
 
 test: $(VENV)/.installed  ## Run the tests that need no GPU (ARGS="-k gate")

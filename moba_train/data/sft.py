@@ -93,7 +93,7 @@ class _Split:
         tokens = int(self.lengths.sum())
         _LOG.info(
             "%s: %s chat rows, %s tokens, %s with loss (%.2f %%); left out: %s without assistant tokens, %s too long, "
-            "%s without loss once truncated (%s were)",
+            "%s without loss once truncated; truncated: %s",
             self.name,
             *(f"{n:,}" for n in (len(self.chosen), tokens, self.loss_tokens)),
             100 * self.loss_tokens / tokens,

@@ -25,7 +25,7 @@ MARKED = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 # Thoughts of earlier turns are dropped, as reasoning models do: a prefix is not rendered as in the whole.
-FORGETFUL = CHATML.replace("{{ message['content'] }}", "{{ message['content'] if loop.last else 'forgotten' }}")
+FORGETFUL = CHATML.replace("['content'] }}", "['content'] if loop.last or message['role'] == 'user' else 'thought' }}")
 STRICT = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('user first, please') }}{% endif %}" + CHATML
 EARLIER = [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "First answer"}]
 TWO_TURNS = [*EARLIER, {"role": "user", "content": "Two?"}, {"role": "assistant", "content": "Zweite é🙂"}]
