@@ -25,7 +25,7 @@ from moba_train.data.pretrain import PretrainData, build_datasets
 from moba_train.data.sft import SftData, build_sft, check_sft
 from moba_train.data.validate import check_data
 from moba_train.model.build import build_model
-from moba_train.model.layer_plan import layer_plan
+from moba_train.model.layer_plan import plan_phases
 from moba_train.model.rope import inverse_frequencies
 from moba_train.parallel import groups as mesh
 from moba_train.parallel.seed import seed_everything
@@ -70,7 +70,7 @@ def preflight(config: RunConfig) -> int:
                 f"torchrun started {started} process(es); leave it out, or add dry_run=true to pretend",
             )
     validate(config, world_size)
-    layer_plan(config.attention, config.model.num_layers)
+    plan_phases(config.attention, config.model.num_layers)
     if not config.dry_run:
         vocab_size, length = config.model.vocab_size, config.train.sequence_length
         if config.sft.path is None:
