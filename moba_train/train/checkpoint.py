@@ -264,7 +264,15 @@ def _sharded_state(
     }
     if weights_only:
         return state
-    state["optimizer"] = run.optimizer.sharded_state_dict(dict(state), is_loading=loading, metadata=options)
+    weights = dict(state)
+    if run.config.train.freeze:
+        # Frozen parameters have no state: one tensor over all layers would have holes. Weights stay as they are.
+        apart = {**options, "non_homogeneous_layers": True}
+        weights = {
+            _chunk_key(run, index): unwrap_model(chunk).sharded_state_dict(metadata=apart)
+            for index, chunk in enumerate(run.chunks)
+        }
+    state["optimizer"] = run.optimizer.sharded_state_dict(weights, is_loading=loading, metadata=options)
     if not loading:
         state["scheduler"] = run.scheduler.state_dict()
     ours = to_dict(run.config.parallel)

@@ -13,14 +13,13 @@ from tests.helpers.spawn import run_distributed
 from tests.helpers.tolerance import LOSS_RTOL
 from tests.helpers.training import corpus, small_config
 
+RESUMED = ("alone", "data", "pipeline")
 PATTERNS = ["embedding.*", "decoder.layers.[03].*", "*.input_layernorm.weight"]
 FREEZE = "train.freeze=[" + ",".join(f'"{pattern}"' for pattern in PATTERNS) + "]"
-ALONE = {"alone": [], "recompute": ["parallel.recompute=full"], "selective": ["parallel.recompute=selective"]}
+ALONE = {"alone": [], "recompute": ["parallel.recompute=full"]}
 PAIRS = {
     "data": [],
-    "plain optimizer": ["parallel.distributed_optimizer=false"],
     "pipeline": ["parallel.pipeline=2"],
-    "interleaved": ["parallel.pipeline=2", "parallel.virtual_pipeline=2"],
     "overlap": ["parallel.overlap_grad_reduce=true"],
 }
 
@@ -37,8 +36,8 @@ def _train(rank: int, world_size: int, data: Path, root: Path, layouts: dict[str
 
     def steps(config: Any, count: int, save: bool = False) -> tuple[list[float], dict[str, bool]]:
         preflight(config)
-        run = setup(config)
         try:
+            run = setup(config)
             named = dict(pair for chunk in run.chunks for pair in parameter_names(unwrap_model(chunk)))
             before = {name: parameter.detach().clone() for name, parameter in named.items()}
             curve = [train_step(run, stop_requested=False).loss for _ in range(count)]
@@ -55,10 +54,13 @@ def _train(rank: int, world_size: int, data: Path, root: Path, layouts: dict[str
     for layout, overrides in layouts.items():
         options = [*start, FREEZE, *overrides]
         straight, changed = steps(small_config(data, root / f"{world_size}-{layout}", *options), 3)
+        found[layout] = (straight, changed)
+        if layout not in RESUMED:
+            continue
         folder = root / f"{world_size}-{layout}-stopped"
         halves = steps(small_config(data, folder, *options), 2, save=True)[0]
         halves += steps(small_config(data, folder, *options), 1)[0]
-        found[layout] = (straight, halves, changed)
+        found[layout] = (straight, changed, halves)
         if "error" not in found:
             found["error"] = {}
             for name, freeze in {"other": "[]", "nothing": '["decoder.layers.4.*"]', "all": '["*"]'}.items():
@@ -83,7 +85,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, 
 @pytest.mark.parametrize("layout", [*ALONE, *PAIRS])
 def test_what_matches_stays_and_the_rest_trains(found: dict, layout: str) -> None:
     ranks = found["alone" if layout in ALONE else "pair"]
-    changed = {name: value for rank in ranks for name, value in rank[layout][2].items()}
+    changed = {name: value for rank in ranks for name, value in rank[layout][1].items()}
     assert len(changed) == 2 + 4 * 6  # embedding, last norm; of each layer two norms and four matrices
     for name, value in changed.items():
         frozen = name.startswith(("embedding.", "decoder.layers.0.", "decoder.layers.3.")) or "input_layernorm" in name
@@ -97,9 +99,9 @@ def test_every_layout_learns_the_same(found: dict, layout: str) -> None:
         assert rank[layout][0] == pytest.approx(expected, rel=LOSS_RTOL)
 
 
-@pytest.mark.parametrize("layout", [*ALONE, *PAIRS])
+@pytest.mark.parametrize("layout", RESUMED)
 def test_a_stopped_run_resumes_bit_by_bit(found: dict, layout: str) -> None:
-    straight, halves, _ = found["alone" if layout in ALONE else "pair"][0][layout]
+    straight, _, halves = found["alone" if layout in ALONE else "pair"][0][layout]
     assert halves == straight
 
 
