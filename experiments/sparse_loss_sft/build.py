@@ -94,7 +94,8 @@ def make_rows(texts: list[str], characters: int, loss_share: float, seed: int) -
         for piece in pieces(text, characters):
             found = questions(piece)
             choice.shuffle(found)
-            budget, chosen = loss_share * len(piece), []
+            budget = loss_share * len(piece)
+            chosen: list[Question] = []
             for question in found:
                 if chosen and budget < len(question.answer):
                     break

@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -111,7 +112,7 @@ def _open(folder: Path) -> ChatRows:
 
 
 def _tokenise(folder: Path, files: list[Path], tokenizer: ChatTokenizer, key: str) -> None:
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    partial = folder.with_name(f".{folder.name}.partial-{uuid.uuid4().hex[:8]}")
     try:
         partial.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -262,8 +262,11 @@ def test_other_ranks_wait_for_the_first(
     with pytest.raises(ConfigError, match=r"data\.cache_dir=.*all nodes share"):
         chat_rows.tokenised_rows(str(file), reader, timeout_s=0.05)
     found: list[int] = []
+    began, wait_for = threading.Event(), chat_rows._wait_for
+    monkeypatch.setattr(chat_rows, "_wait_for", lambda *args: began.set() or wait_for(*args))
     waiting = threading.Thread(target=lambda: found.append(len(chat_rows.tokenised_rows(str(file), reader))))
     waiting.start()
+    assert began.wait(timeout=20)
     monkeypatch.setenv("RANK", "0")
     assert len(chat_rows.tokenised_rows(str(file), ChatTokenizer(str(tokenizer)))) == 1
     waiting.join(timeout=20)

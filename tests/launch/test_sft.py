@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from moba_train.config.compose import run_command_line
 from moba_train.train.loop import finetune, pretrain
 from moba_train.train.metrics import read_metrics
 from tests.helpers.training import SMALL, corpus
-from tests.launch.test_pretrain import TORCHRUN, finish, start
+from tests.launch.test_pretrain import finish, start
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +30,9 @@ def overrides(place: Path, run: Path) -> list[str]:
     return [*SMALL, "recipe=sft_tiny", "sft.valid_path=null", *rows, f"run.dir={run}"]
 
 
-def test_two_ranks_fine_tune_on_rows_they_tokenise_themselves(place: Path, tmp_path: Path) -> None:
+def test_it_fine_tunes_on_rows_that_it_tokenises(place: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    code, text = finish(start(*TORCHRUN, "launch/sft.py", *overrides(place, run), "train.steps=3"))
+    code, text = finish(start(sys.executable, "launch/sft.py", *overrides(place, run), "train.steps=3"))
     assert code == 0, text
     for line in (
         "train: 5",
