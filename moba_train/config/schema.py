@@ -28,6 +28,7 @@ __all__ = [
     "RopeScaling",
     "RunConfig",
     "RunDirConfig",
+    "SftConfig",
     "TrainConfig",
     "WandbConfig",
     "from_dict",
@@ -153,6 +154,7 @@ class TrainConfig:
     validate_every: int = 0  # steps; 0: only at the end
     validation_batches: int = 8  # global batches per validation
     seed: int = 1234
+    freeze: tuple[str, ...] = ()  # shell patterns of parameter names that do not train, layers numbered from 0
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,21 @@ class DataConfig:
     mode: str = "packed"  # packed: documents kept apart | concatenated: one document per row
     seed: int = 1234
     cache_dir: str | None = None  # of the sample indices; None: beside the data
+
+
+@dataclass(frozen=True)
+class SftConfig:
+    """Fine-tuning on chat rows (launch/sft.py), in place of data.path; off while `path` is not given."""
+
+    path: str | None = None  # a file, folder or glob of .jsonl or .parquet
+    valid_path: str | None = None  # None: a part of the rows of `path`
+    valid_fraction: float | None = None  # of the rows, chosen by a hash; None: 0.05 where there is no valid_path
+    tokenizer: str | None = None  # a pretrained folder, or tokenizer/ of a prepared one
+    chat_template: str | None = None  # a jinja file; None: the tokenizer's own, else a built-in one
+    last_turn_only: bool = False  # loss on the last assistant turn alone
+    overlong: str = "refuse"  # rows longer than the context: refuse | truncate | drop
+    packing: str = "first_fit_decreasing"  # first_fit_decreasing | sequential | none
+    loss_weighting: str = "token"  # what weighs the same: token | sample (a row) | document (rows of one source)
 
 
 @dataclass(frozen=True)
@@ -232,6 +249,7 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    sft: SftConfig = field(default_factory=SftConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)

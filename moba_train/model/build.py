@@ -12,6 +12,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moba_train.config.schema import RunConfig
+from moba_train.model.freeze import freeze_parameters
 from moba_train.model.layer_plan import layer_plan
 from moba_train.model.specs import block_spec
 from moba_train.parallel.groups import Groups
@@ -98,10 +99,10 @@ def build_model(config: RunConfig, groups: Groups, device: torch.device) -> list
         overlap_param_gather=overlap and config.parallel.distributed_optimizer,
         check_for_nan_in_grad=True,
     )
-    chunks = []
+    models = []
     for stage in range(virtual):
         vp_stage = stage if virtual > 1 else None
-        model: torch.nn.Module = GPTModel(
+        model = GPTModel(
             config=transformer,
             transformer_layer_spec=block_spec(config, transformer, plan, groups.pipeline.rank, vp_stage),
             vocab_size=config.model.vocab_size,
@@ -111,8 +112,15 @@ def build_model(config: RunConfig, groups: Groups, device: torch.device) -> list
             share_embeddings_and_output_weights=config.model.tie_embeddings,
             position_embedding_type="none",  # CoreAttention rotates from explicit positions
             vp_stage=vp_stage,
-        ).to(device)
-        if transformer.bf16:
-            model = Float16Module(transformer, model)
-        chunks.append(DistributedDataParallel(transformer, ddp, model, disable_bucketing=stage > 0))
-    return chunks
+        )
+        models.append(model.to(device))
+    freeze_parameters(models, config.train.freeze, recompute=config.parallel.recompute != "none")
+    return [
+        DistributedDataParallel(
+            transformer,
+            ddp,
+            Float16Module(transformer, model) if transformer.bf16 else model,
+            disable_bucketing=stage > 0,
+        )
+        for stage, model in enumerate(models)
+    ]

@@ -53,6 +53,15 @@ _SHAPE = [
     "tie_embeddings",
 ]
 
+# What optimizer state and data position depend on: it stays, or the weights alone are loaded.
+_POSITION = {
+    "parallel": ("distributed_optimizer",),
+    "train": ("global_batch_size", "sequence_length", "freeze"),
+    "data": ("mode",),
+    "sft": ("packing", "overlong", "last_turn_only", "valid_fraction"),
+}
+_DEFAULTS = to_dict(RunConfig())
+
 
 class CheckpointError(ConfigError):
     """A checkpoint that cannot be read: which file, and where else to start from."""
@@ -145,14 +154,20 @@ def _check_position(config: RunConfig, path: Path, metadata: Metadata) -> None:
     if _weights_only(config, path):
         return
     fresh = "use it, or start from the weights alone: checkpoint.load_weights_only=true with checkpoint.load"
+    theirs, ours = ({**_DEFAULTS, **values} for values in (metadata.config, to_dict(config)))
+    if (theirs["sft"]["path"] is None) != (ours["sft"]["path"] is None):
+        what = "on chat rows" if ours["sft"]["path"] is None else "on plain text"
+        raise ConfigError("sft.path", ours["sft"]["path"], f"the checkpoint {path} was trained {what}; {fresh}")
     if not _is_own(config, path) and metadata.step >= config.train.steps:
         more = f"the checkpoint {path} is at step {metadata.step} already; ask for more steps"
         raise ConfigError("train.steps", config.train.steps, more)
-    for key in ("parallel.distributed_optimizer", "train.global_batch_size", "train.sequence_length", "data.mode"):
-        section, name = key.split(".")
-        theirs, ours = metadata.config[section].get(name), getattr(getattr(config, section), name)
-        if theirs != ours:
-            raise ConfigError(key, ours, f"the checkpoint {path} was trained with {theirs}; {fresh}")
+    for section, names in _POSITION.items():
+        for name in names:
+            # JSON knows lists only, and older checkpoints lack newer keys.
+            was, now = (values[section].get(name, _DEFAULTS[section][name]) for values in (theirs, ours))
+            was, now = (list(value) if isinstance(value, tuple) else value for value in (was, now))
+            if was != now:
+                raise ConfigError(f"{section}.{name}", now, f"the checkpoint {path} was trained with {was}; {fresh}")
 
 
 def read_metadata(path: Path) -> Metadata:
@@ -285,7 +300,15 @@ def _sharded_state(
     }
     if weights_only:
         return state
-    state["optimizer"] = run.optimizer.sharded_state_dict(dict(state), is_loading=loading, metadata=options)
+    weights = dict(state)
+    if run.config.train.freeze:
+        # Frozen parameters have no state: one tensor over all layers would have holes. Weights stay as they are.
+        apart = {**options, "non_homogeneous_layers": True}
+        weights = {
+            _chunk_key(run, index): unwrap_model(chunk).sharded_state_dict(metadata=apart)
+            for index, chunk in enumerate(run.chunks)
+        }
+    state["optimizer"] = run.optimizer.sharded_state_dict(weights, is_loading=loading, metadata=options)
     if not loading:
         state["scheduler"] = run.scheduler.state_dict()
     ours = to_dict(run.config.parallel)

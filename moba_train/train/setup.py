@@ -22,6 +22,7 @@ from moba_train.config.schema import ConfigError, RunConfig
 from moba_train.config.validate import min_world_size, validate
 from moba_train.data.loader import Loader
 from moba_train.data.pretrain import PretrainData, build_datasets
+from moba_train.data.sft import SftData, build_sft, check_sft
 from moba_train.data.validate import check_data
 from moba_train.model.build import build_model
 from moba_train.model.layer_plan import plan_phases
@@ -45,7 +46,7 @@ class Run:
     chunks: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
-    data: PretrainData
+    data: PretrainData | SftData
     loader: Loader
     frequencies: torch.Tensor
     step: int = 0
@@ -71,9 +72,13 @@ def preflight(config: RunConfig) -> int:
     validate(config, world_size)
     plan_phases(planned(config).attention, config.model.num_layers)
     if not config.dry_run:
-        check_data(config.data, vocab_size=config.model.vocab_size, sequence_length=config.train.sequence_length)
+        vocab_size, length = config.model.vocab_size, config.train.sequence_length
+        if config.sft.path is None:
+            check_data(config.data, vocab_size=vocab_size, sequence_length=length)
         _check_machine(config)
         checkpoint.check(config)
+        if config.sft.path is not None:  # last: it may take a while
+            check_sft(config.sft, config.data, vocab_size, length, config.parallel.timeout_s)
     return world_size
 
 
@@ -106,13 +111,7 @@ def setup(config: RunConfig) -> Run:
     chunks = build_model(planned(config), groups, device)
     optimizer = build_optimizer(config, chunks)
     batch = config.train.global_batch_size
-    data = build_datasets(
-        config.data,
-        sequence_length=config.train.sequence_length,
-        train_samples=config.train.steps * batch,
-        valid_samples=config.train.validation_batches * batch,
-        cache_dir=config.data.cache_dir,
-    )
+    data = _build_data(config)
     run = Run(
         config=config,
         groups=groups,
@@ -137,6 +136,18 @@ def planned(config: RunConfig) -> RunConfig:
 def close() -> None:
     """Leave the process groups; safe when `setup` never finished."""
     mesh.close()
+
+
+def _build_data(config: RunConfig) -> PretrainData | SftData:
+    train = config.train
+    counts = {
+        "sequence_length": train.sequence_length,
+        "train_samples": train.steps * train.global_batch_size,
+        "valid_samples": train.validation_batches * train.global_batch_size,
+    }
+    if config.sft.path is None:
+        return build_datasets(config.data, cache_dir=config.data.cache_dir, **counts)
+    return build_sft(config.sft, config.data, vocab_size=config.model.vocab_size, **counts)
 
 
 def _shared_folder(config: RunConfig) -> Path:
