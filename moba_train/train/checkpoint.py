@@ -28,20 +28,35 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.utils import unwrap_model
 
 from moba_train.config.schedule import PLAN_KEYS
-from moba_train.config.schema import AttentionConfig, ConfigError, RunConfig, to_dict
+from moba_train.config.schema import AttentionConfig, ConfigError, ModelConfig, RunConfig, to_dict
 from moba_train.model.key_conv import KEY_CONV_PREFIX
 from moba_train.model.layer_plan import layer_plan
+from moba_train.model.rope import describe_rope
 from moba_train.parallel.seed import load_random_state, random_state
 
 if TYPE_CHECKING:
     from moba_train.train.setup import Run
 
-__all__ = ["CheckpointError", "Metadata", "check", "find_start", "read_metadata", "restore", "save"]
+__all__ = [
+    "MODEL_SHAPE",
+    "CheckpointError",
+    "Metadata",
+    "check",
+    "check_files",
+    "find_start",
+    "locate",
+    "manifest_of",
+    "point_latest",
+    "read_metadata",
+    "restore",
+    "save",
+    "write_metadata",
+]
 
 _LOG = logging.getLogger(__name__)
 _METADATA = "moba_train.json"
 # What must be equal for a checkpoint's weights to fit; rope, init and implementation may change.
-_SHAPE = [
+MODEL_SHAPE = [
     "num_layers",
     "hidden_size",
     "ffn_hidden_size",
@@ -50,6 +65,7 @@ _SHAPE = [
     "head_dim",
     "vocab_size",
     "qk_norm",
+    "qkv_bias",
     "tie_embeddings",
 ]
 
@@ -78,6 +94,8 @@ class Metadata:
     plan: list[dict[str, Any]]
     world_size: int
     manifest: dict[str, list[int]]
+    rope: str = ""  # the effective base and scale, as the log says them
+    weights_only: bool = False  # no optimizer, schedule or data position: a converted checkpoint
 
 
 def find_start(config: RunConfig) -> Path | None:
@@ -88,16 +106,18 @@ def find_start(config: RunConfig) -> Path | None:
             return own
     if config.checkpoint.load is None:
         return None
-    path = Path(config.checkpoint.load)
+    return locate(Path(config.checkpoint.load), "checkpoint.load")
+
+
+def locate(path: Path, key: str) -> Path:
+    """The step folder that `path` means: itself, or the latest of a run or checkpoints folder; else ConfigError."""
     for folder in (path / "checkpoints", path):
         if (found := _latest(folder)) is not None:
             return found
     if (path / _METADATA).is_file():
         return path
     raise ConfigError(
-        "checkpoint.load",
-        str(path),
-        "no checkpoint there; give a run folder, its checkpoints folder, or one step folder",
+        key, str(path), "no checkpoint there; give a run folder, its checkpoints folder, or one step folder"
     )
 
 
@@ -107,15 +127,13 @@ def check(config: RunConfig) -> None:
     if path is None:
         return
     metadata = read_metadata(path)
-    for name, (size, _) in metadata.manifest.items():
-        file = path / name
-        if not file.is_file() or file.stat().st_size != size:
-            found = f"{file.stat().st_size} bytes" if file.is_file() else "missing"
-            raise _corrupt(path, f"{name} should have {size} bytes and is {found}")
+    check_files(path, metadata)
     _check_position(config, path, metadata)
     _check_key_conv(config, path, metadata)
-    for key in _SHAPE:
-        theirs, ours = metadata.config["model"].get(key), getattr(config.model, key)
+    for key in MODEL_SHAPE:
+        # A checkpoint from before a key existed has its default.
+        theirs = metadata.config["model"].get(key, getattr(ModelConfig, key))
+        ours = getattr(config.model, key)
         if theirs != ours:
             raise ConfigError(
                 f"model.{key}",
@@ -149,8 +167,34 @@ def _weights_only(config: RunConfig, path: Path) -> bool:
     return config.checkpoint.load_weights_only and not _is_own(config, path)
 
 
+def check_files(path: Path, metadata: Metadata, contents: bool = False) -> None:
+    """CheckpointError for the first file that is missing or of another size; with `contents`, of another checksum."""
+    for name, (size, checksum) in metadata.manifest.items():
+        file = path / name
+        if not file.is_file() or file.stat().st_size != size:
+            found = f"{file.stat().st_size} bytes" if file.is_file() else "missing"
+            raise _corrupt(path, f"{name} should have {size} bytes and is {found}")
+        if contents and _checksum(file) != [size, checksum]:
+            raise _corrupt(path, f"{name} is not the file that was saved (its checksum differs)")
+
+
+def write_metadata(folder: Path, metadata: Metadata) -> None:
+    """Write moba_train.json of a checkpoint folder, whole or not at all."""
+    _write_durably(folder / _METADATA, json.dumps(asdict(metadata), indent=1))
+
+
+def manifest_of(folder: Path) -> dict[str, list[int]]:
+    """[size, CRC-32] of every file in `folder`."""
+    return {file.name: _checksum(file) for file in sorted(folder.iterdir())}
+
+
 def _check_position(config: RunConfig, path: Path, metadata: Metadata) -> None:
     """A full load takes over optimizer and data position: what they depend on must be the checkpoint's."""
+    if metadata.weights_only and (_is_own(config, path) or not config.checkpoint.load_weights_only):
+        what = f"{path} was converted and holds weights alone: "
+        raise ConfigError(
+            "checkpoint.load_weights_only", False, what + "set it to true, with checkpoint.load, in another run.dir"
+        )
     if _weights_only(config, path):
         return
     fresh = "use it, or start from the weights alone: checkpoint.load_weights_only=true with checkpoint.load"
@@ -208,12 +252,13 @@ def save(run: Run) -> Path:
             plan=[asdict(layer) for layer in layer_plan(run.config.attention, run.config.model.num_layers, run.step)],
             world_size=run.groups.world_size,
             manifest=manifest,
+            rope=describe_rope(run.config.model, run.config.train.sequence_length),
         )
-        _write_durably(partial / _METADATA, json.dumps(asdict(metadata), indent=1))
+        write_metadata(partial, metadata)
         if final.exists():  # the same step saved before: out of the way first, removed last
             final.rename(final.with_suffix(".replaced.partial"))
         partial.rename(final)
-        _write_durably(root / "latest", final.name)
+        point_latest(final)
         # Later steps are left from a run that was started over; only what is older than this one ages.
         older = [path for path in _complete(root) if path.name < final.name]
         for old in older[: len(older) - (run.config.checkpoint.keep_last - 1)]:
@@ -222,11 +267,12 @@ def save(run: Run) -> Path:
     return final
 
 
-def restore(run: Run) -> None:
-    """Load the checkpoint this run starts from, if any, into its model, optimizer, schedule, data and random state."""
+def restore(run: Run) -> bool:
+    """Load the checkpoint this run starts from into its model, optimizer, schedule, data and random state; False where
+    there is none."""
     path = find_start(run.config)
     if path is None:
-        return
+        return False
     metadata = read_metadata(path)
     names = sorted(metadata.manifest)
     for name, found in _gather_checksums(path, names).items():
@@ -251,7 +297,7 @@ def restore(run: Run) -> None:
         model.load_state_dict(weights, strict=True)
     if weights_only:
         run.optimizer.reload_model_params()
-        return
+        return True
     run.optimizer.load_state_dict(state["optimizer"])
     run.scheduler.load_state_dict(state["scheduler"])
     run.loader.load_state_dict(metadata.data)
@@ -263,6 +309,12 @@ def restore(run: Run) -> None:
         _LOG.info(
             "Another layout than the checkpoint's: random state starts afresh (nothing in these models draws from it)."
         )
+    return True
+
+
+def point_latest(folder: Path) -> None:
+    """Make the step folder the latest of its checkpoints folder."""
+    _write_durably(folder.parent / "latest", folder.name)
 
 
 def _tell_other_plan(config: RunConfig, metadata: Metadata) -> None:

@@ -26,10 +26,11 @@ from moba_train.data.sft import SftData, build_sft, check_sft
 from moba_train.data.validate import check_data
 from moba_train.model.build import build_model
 from moba_train.model.layer_plan import plan_phases
-from moba_train.model.rope import inverse_frequencies
+from moba_train.model.rope import Frequencies, inverse_frequencies
 from moba_train.parallel import groups as mesh
 from moba_train.parallel.seed import seed_everything
 from moba_train.train import checkpoint
+from moba_train.train.hf_start import carry_over, check_hf_start, load_hf_start
 from moba_train.train.optimizer import build_optimizer, build_scheduler
 
 __all__ = ["Run", "close", "planned", "preflight", "setup"]
@@ -37,7 +38,7 @@ __all__ = ["Run", "close", "planned", "preflight", "setup"]
 
 @dataclass
 class Run:
-    """A run in progress: `step` optimizer steps are done. frequencies: rotary angles per position, fp64 [D/2]."""
+    """A run in progress: `step` optimizer steps are done. frequencies: of the rotary embedding."""
 
     config: RunConfig
     groups: mesh.Groups
@@ -48,7 +49,7 @@ class Run:
     scheduler: OptimizerParamScheduler
     data: PretrainData | SftData
     loader: Loader
-    frequencies: torch.Tensor
+    frequencies: Frequencies
     step: int = 0
     tokens: int = 0
 
@@ -77,6 +78,7 @@ def preflight(config: RunConfig) -> int:
             check_data(config.data, vocab_size=vocab_size, sequence_length=length)
         _check_machine(config)
         checkpoint.check(config)
+        check_hf_start(config)
         if config.sft.path is not None:  # last: it may take a while
             check_sft(config.sft, config.data, vocab_size, length, config.parallel.timeout_s)
     return world_size
@@ -122,9 +124,12 @@ def setup(config: RunConfig) -> Run:
         scheduler=build_scheduler(config, optimizer),
         data=data,
         loader=Loader(data.train, global_batch_size=batch, dp_rank=groups.data.rank, dp_size=groups.data.size),
-        frequencies=inverse_frequencies(config.model).to(device),
+        frequencies=inverse_frequencies(config.model, config.train.sequence_length).to(device),
     )
-    checkpoint.restore(run)
+    if checkpoint.restore(run):
+        carry_over(run)
+    elif config.checkpoint.init_from_hf is not None:
+        load_hf_start(run)
     return run
 
 
