@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from moba_train.config.schema import ConfigError, RunConfig, from_dict, to_dict, unknown_key
 
-__all__ = ["RECIPES", "compose", "group_options", "run_command_line"]
+__all__ = ["RECIPES", "compose", "group_options", "run_command_line", "with_overrides"]
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
@@ -30,6 +30,18 @@ RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 def compose(overrides: Sequence[str] = ()) -> RunConfig:
     """The run described by `recipes/config.yaml` and `overrides` in Hydra's grammar. Raises ConfigError."""
     return from_dict(_values(overrides))
+
+
+def with_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """`config` with key=value settings, such as those of a checkpoint that something is to be changed of."""
+    for override in overrides:
+        if not re.match(r"[\w.]+=", override):
+            raise ConfigError("overrides", override, "not in key=value form")
+    try:
+        changes = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
+    except (OmegaConfBaseException, ValueError) as error:
+        raise ConfigError("overrides", " ".join(overrides), str(error).splitlines()[0]) from None
+    return from_dict(_merged(to_dict(config), changes))
 
 
 def group_options(group: str) -> list[str]:
@@ -71,6 +83,12 @@ def _values(overrides: Sequence[str]) -> dict[str, Any]:
         raise _explain(error, overrides) from None
     assert isinstance(values, dict)
     return {str(key): value for key, value in values.items()}
+
+
+def _merged(values: Any, changes: Any) -> Any:
+    if not isinstance(values, dict) or not isinstance(changes, dict):
+        return changes
+    return {**values, **{key: _merged(values.get(key), change) for key, change in changes.items()}}
 
 
 def _without_sweep(override: str) -> str:

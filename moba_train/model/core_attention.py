@@ -7,7 +7,7 @@ model/layer_plan.py and may change between steps (`set_layer_plan`); no paramete
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 
-from moba_train.attention import SequenceInfo, full_attention, moba_attention
+from moba_train.attention import LayerCache, SequenceInfo, full_attention, moba_attention
 from moba_train.context_parallel.layout import LayoutRule
 from moba_train.context_parallel.wrap import wrap
 from moba_train.model.layer_plan import LayerAttention, LayerKind
@@ -29,10 +29,12 @@ class RowParams(PackedSeqParams):
     """What every layer needs to know of a micro-batch; rides through megatron-core as its packed_seq_params.
 
     sequence: global document bounds and this rank's query positions. rotary: cos and sin from `rope.rotary_table`.
+    caches: when generating, one per layer of the model; the row holds the document's next tokens (no context parallel).
     """
 
     sequence: SequenceInfo = field(kw_only=True)
     rotary: tuple[torch.Tensor, torch.Tensor] = field(kw_only=True)
+    caches: Sequence[LayerCache] | None = field(kw_only=True, default=None)
 
 
 _Op = Callable[..., tuple[torch.Tensor, torch.Tensor]]
@@ -92,7 +94,14 @@ class CoreAttention(MegatronModule):
         options: dict[str, Any] = {"softmax_scale": self.softmax_scale, "backend": self.backends[self.layer.kind]}
         if self.layer.kind is LayerKind.MOBA:
             options |= {"block_size": self.layer.block_size, "top_k": self.layer.top_k}
-        out_THD, _ = self.ops[self.layer.kind](q_THD, k_SGD, value, packed_seq_params.sequence, **options)
+        sequence = packed_seq_params.sequence
+        if packed_seq_params.caches is not None:
+            cache = packed_seq_params.caches[self.layer_number - 1]
+            cache.append(k_SGD, value)
+            k_SGD, value = cache.keys, cache.values
+            if self.layer.kind is LayerKind.MOBA:
+                options["picks"] = cache.select(q_THD, sequence, top_k=self.layer.top_k, backend=options["backend"])
+        out_THD, _ = self.ops[self.layer.kind](q_THD, k_SGD, value, sequence, **options)
         return out_THD.reshape(out_THD.shape[0], -1)
 
 

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import unwrap_model
 
 from moba_train.config.schema import ConfigError, RunConfig, to_dict
@@ -34,7 +35,17 @@ from moba_train.parallel.seed import load_random_state, random_state
 if TYPE_CHECKING:
     from moba_train.train.setup import Run
 
-__all__ = ["CheckpointError", "Metadata", "check", "find_start", "read_metadata", "restore", "save"]
+__all__ = [
+    "CheckpointError",
+    "Metadata",
+    "check",
+    "find",
+    "find_start",
+    "load_weights",
+    "read_metadata",
+    "restore",
+    "save",
+]
 
 _LOG = logging.getLogger(__name__)
 _METADATA = "moba_train.json"
@@ -75,18 +86,19 @@ def find_start(config: RunConfig) -> Path | None:
         own = _latest(Path(config.run.dir) / "checkpoints")
         if own is not None:
             return own
-    if config.checkpoint.load is None:
-        return None
-    path = Path(config.checkpoint.load)
+    return None if config.checkpoint.load is None else find(config.checkpoint.load)
+
+
+def find(path: str | Path, key: str = "checkpoint.load") -> Path:
+    """The checkpoint that a run folder, its checkpoints folder or a step folder stands for; ConfigError about `key`."""
+    path = Path(path)
     for folder in (path / "checkpoints", path):
         if (found := _latest(folder)) is not None:
             return found
     if (path / _METADATA).is_file():
         return path
     raise ConfigError(
-        "checkpoint.load",
-        str(path),
-        "no checkpoint there; give a run folder, its checkpoints folder, or one step folder",
+        key, str(path), "no checkpoint there; give a run folder, its checkpoints folder, or a step folder"
     )
 
 
@@ -183,10 +195,7 @@ def restore(run: Run) -> None:
     if path is None:
         return
     metadata = read_metadata(path)
-    names = sorted(metadata.manifest)
-    for name, found in _gather_checksums(path, names).items():
-        if found != metadata.manifest[name]:
-            raise _corrupt(path, f"{name} is not the file that was saved (its checksum differs)")
+    _verify(path, metadata)
     own = path.is_relative_to(run.folder)
     weights_only = run.config.checkpoint.load_weights_only and not own
     state = dist_checkpointing.load(
@@ -209,6 +218,19 @@ def restore(run: Run) -> None:
         )
 
 
+def load_weights(path: Path, model: MegatronModule, data_context: dist.ProcessGroup) -> None:
+    """Load a checkpoint's weights alone into a model of one chunk, from any layout; its files are verified first."""
+    _verify(path, read_metadata(path))
+    state = {"model": model.sharded_state_dict(metadata=_options(data_context))}
+    model.load_state_dict(dist_checkpointing.load(state, str(path))["model"], strict=True)
+
+
+def _verify(path: Path, metadata: Metadata) -> None:
+    for name, found in _gather_checksums(path, sorted(metadata.manifest)).items():
+        if found != metadata.manifest[name]:
+            raise _corrupt(path, f"{name} is not the file that was saved (its checksum differs)")
+
+
 @contextlib.contextmanager
 def _signals_held() -> Iterator[None]:
     """SIGTERM and SIGINT wait until after: a signal to the whole process group must not end the writers' processes,
@@ -223,12 +245,7 @@ def _signals_held() -> Iterator[None]:
 def _sharded_state(
     run: Run, loading: bool, metadata: Metadata | None = None, weights_only: bool = False
 ) -> dict[str, Any]:
-    options = {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "chained_optim_avoid_prefix": True,
-        "singleton_local_shards": False,
-        "dp_cp_group": run.groups.data_context.group,
-    }
+    options = _options(run.groups.data_context.group)
     state: dict[str, Any] = {
         _chunk_key(run, index): unwrap_model(chunk).sharded_state_dict(metadata=options)
         for index, chunk in enumerate(run.chunks)
@@ -247,6 +264,15 @@ def _sharded_state(
         rank, size = run.groups.world_rank, run.groups.world_size
         state["random"] = ShardedObject("random", random_state(), (size,), (rank,), replica_id=0)
     return state
+
+
+def _options(data_context: dist.ProcessGroup) -> dict[str, Any]:
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "chained_optim_avoid_prefix": True,
+        "singleton_local_shards": False,
+        "dp_cp_group": data_context,
+    }
 
 
 def _same_layout(theirs: dict[str, Any], ours: dict[str, Any]) -> bool:
