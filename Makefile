@@ -7,8 +7,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DATA := data/stdlib
-# Processes: one a GPU, or two on a CPU with two cores. Deferred: asked only after the installation.
-NPROC ?= $(shell $(BIN)/python -c 'import os, torch; print(torch.cuda.device_count() or min(os.cpu_count(), 2))')
+# Processes of recipe tiny, which has 4 rows a step: 4, 2 or 1, as there are GPUs (or CPU cores, of which 2 are enough).
+# Deferred: asked only after the installation.
+NPROC ?= $(shell $(BIN)/python -c 'import os, torch; n = torch.cuda.device_count() or min(os.cpu_count(), 2); \
+	print(max(p for p in (1, 2, 4) if p <= n))')
 SYSTEM_TORCH ?=
 ARGS ?=
 
@@ -40,7 +42,7 @@ pretrain: $(VENV)/.installed $(DATA)/dataset.json  ## Prepare text and train rec
 	$(BIN)/torchrun --standalone --nproc-per-node $$processes launch/pretrain.py recipe=tiny $(ARGS)
 
 test: $(VENV)/.installed  ## Run the tests that need no GPU (ARGS="-k gate")
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(ARGS)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 SHELL_FILES = .ci/run $(wildcard launch/slurm/*.sh launch/slurm/*.sbatch)
 

@@ -7,8 +7,10 @@ of all one per rank), leaves logging alone, and every mistake comes out as one `
 from __future__ import annotations
 
 import os
+import platform
 import re
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from moba_train.config.schema import ConfigError, RunConfig, from_dict, to_dict,
 __all__ = ["RECIPES", "compose", "group_options", "run_command_line", "with_overrides"]
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+_OTHERS_WAIT_S = 10.0  # torchrun ends the rest within a second of the first failure
 
 
 def compose(overrides: Sequence[str] = ()) -> RunConfig:
@@ -52,24 +55,30 @@ def group_options(group: str) -> list[str]:
 def run_command_line(action: Callable[[RunConfig], int], doc: str, arguments: Sequence[str] | None = None) -> int:
     """What a launch script does: `--help`, `--cfg job`, or compose and `action(config)`. Returns the exit code.
 
-    A ConfigError is printed as one message, by the first process only, and exits 2.
+    A ConfigError exits 2 and is printed as one message by the first process of each machine; the others wait to be
+    ended by the launcher with it, and speak only if the trouble was theirs alone.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    first_process = int(os.environ.get("RANK", "0")) == 0
+    rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
     try:
         if "--help" in arguments or "-h" in arguments:
-            print(_help(doc))
+            if rank == 0:
+                print(_help(doc))
             return 0
         if "--cfg" in arguments:
             at = arguments.index("--cfg")
             if arguments[at + 1 : at + 2] != ["job"]:
                 raise ConfigError("--cfg", " ".join(arguments[at + 1 : at + 2]), "write --cfg job")
-            print(OmegaConf.to_yaml(OmegaConf.create(_values(arguments[:at] + arguments[at + 2 :]))), end="")
+            text = OmegaConf.to_yaml(OmegaConf.create(_values(arguments[:at] + arguments[at + 2 :])))
+            if rank == 0:
+                print(text, end="")
             return 0
         return action(compose(arguments))
     except ConfigError as error:
-        if first_process:
-            print(f"Configuration error: {error}", file=sys.stderr)
+        if local_rank:
+            time.sleep(_OTHERS_WAIT_S)
+        where = f" (process {rank} on {platform.node()})" if rank else ""
+        print(f"Configuration error{where}: {error}", file=sys.stderr, flush=True)
         return 2
 
 

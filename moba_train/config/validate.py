@@ -167,6 +167,10 @@ def _check_parallel(config: RunConfig) -> None:
             "parallel.context_strategy",
         )
     if parallel.gather_heads is not None:
+        strategies = (parallel.context_strategy, parallel.full_context_strategy)
+        _require(
+            config, "parallel.gather_heads", "all_gather" in strategies, "belongs to the strategy all_gather alone"
+        )
         heads = model.num_key_value_heads // parallel.tensor
         _require(
             config,
@@ -203,6 +207,9 @@ def _check_training(config: RunConfig) -> None:
     if optim.decay_steps is not None:
         least = optim.warmup_steps + 1 if optim.schedule == "cosine" else 1
         _require(config, "optim.decay_steps", optim.decay_steps >= least, f"must be at least {least}")
+        _require(
+            config, "optim.decay_steps", optim.schedule != "constant", "a constant schedule has no decay; leave it out"
+        )
     _require(
         config,
         "checkpoint.load_weights_only",

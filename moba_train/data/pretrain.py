@@ -1,8 +1,8 @@
 """Train and validation rows of prepared folders, on megatron-core's memory-mapped datasets.
 
-Train: each pass over a folder (an epoch) is one megatron-core GPTDataset with its own seed, so documents and rows are
-shuffled anew in each; a blend deals samples to folders by megatron-core's blending order. Sample i is the same row
-however many samples are asked for: a run that is made longer sees what it would have seen.
+Train: a folder is one megatron-core GPTDataset of one pass (an epoch) over shuffled documents; the first pass takes its
+rows in megatron-core's order, each later one in an order of its own. A blend deals samples to folders by its blending
+order. Sample i is the same row however many are asked for: a run that is made longer sees what it would have seen.
 Validation: the same rows each time, in file order, spread evenly over the split, none of them twice.
 Shapes: S tokens a row.
 """
@@ -13,7 +13,7 @@ import math
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -59,14 +59,14 @@ def build_datasets(
     folders = [_Folder(path, dataset_info(path), data.mode, sequence_length) for path, _ in weighted_folders(data)]
     weights = [weight for _, weight in weighted_folders(data)]
     order = _blend_order(weights, train_samples)
-    epochs = [
-        _build_epochs(folder, data.seed, count, Path(cache_dir) if cache_dir is not None else folder.path / "cache")
-        for folder, count in zip(folders, np.bincount(order[0], minlength=len(folders)).tolist(), strict=True)
+    passes = [
+        _build_pass(folder, data.seed, Path(cache_dir) if cache_dir is not None else folder.path / "cache")
+        for folder in folders
     ]
     shares = _largest_remainder(weights, valid_samples)
     valid = [ValidRows.spread(folder, share) for folder, share in zip(folders, shares, strict=True)]
     return PretrainData(
-        train=TrainRows(folders, epochs, *order),
+        train=TrainRows(folders, passes, data.seed, *order),
         valid=ValidRows([row for part in valid for row in part.rows], valid_samples),
     )
 
@@ -103,11 +103,12 @@ class TrainRows:
     def __init__(
         self,
         folders: Sequence[_Folder],
-        epochs: Sequence[Sequence[GPTDataset]],
+        passes: Sequence[GPTDataset],
+        seed: int,
         folder_of_sample: np.ndarray,
         row_of_sample: np.ndarray,
     ) -> None:
-        self._folders, self._epochs = folders, epochs
+        self._folders, self._passes, self._seed = folders, passes, seed
         self._folder_of_sample, self._row_of_sample = folder_of_sample, row_of_sample
 
     def __len__(self) -> int:
@@ -117,9 +118,9 @@ class TrainRows:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         which = int(self._folder_of_sample[index])
-        epochs = self._epochs[which]
-        epoch, row = divmod(int(self._row_of_sample[index]), len(epochs[0]))
-        sample = epochs[epoch][row]
+        rows = self._passes[which]
+        epoch, row = divmod(int(self._row_of_sample[index]), len(rows))
+        sample = rows[int(_epoch_order(len(rows), self._seed, epoch)[row]) if epoch else row]
         return self._folders[which].row(torch.cat([sample["tokens"], sample["labels"][-1:]]), "train")
 
 
@@ -170,16 +171,17 @@ class _TokenizerFacts:
     pad: int = -1
 
 
-def _build_epochs(folder: _Folder, seed: int, samples: int, cache_dir: Path) -> list[GPTDataset]:
-    """As many passes over the train split as hold `samples` rows (one at least)."""
-    per_epoch = (folder.info.train.tokens - 1) // folder.sequence_length
-    if per_epoch < 1:
+@lru_cache(maxsize=8)  # rows are read one after another: one epoch a folder is in use at a time
+def _epoch_order(rows: int, seed: int, epoch: int) -> np.ndarray:
+    """The order in which a later epoch takes a folder's rows."""
+    return np.random.default_rng([seed, epoch]).permutation(rows)
+
+
+def _build_pass(folder: _Folder, seed: int, cache_dir: Path) -> GPTDataset:
+    """One pass over the train split."""
+    if folder.info.train.tokens - 1 < folder.sequence_length:
         what = f"the train split of {folder.path} has {folder.info.train.tokens} tokens, fewer than one row"
         raise ConfigError("train.sequence_length", folder.sequence_length, f"{what}; prepare more text")
-    return [_build_epoch(folder, seed + epoch, cache_dir) for epoch in range(max(1, -(-samples // per_epoch)))]
-
-
-def _build_epoch(folder: _Folder, seed: int, cache_dir: Path) -> GPTDataset:
     # The content's hash is part of the cache's key: data prepared anew in the same place gets new indices.
     facts = {"tokenizer": folder.info.tokenizer_sha256, "content": folder.info.train.sha256}
     config = GPTDatasetConfig(

@@ -130,6 +130,9 @@ def _check_position(config: RunConfig, path: Path, metadata: Metadata) -> None:
     if config.checkpoint.load_weights_only and not own:
         return
     fresh = "use it, or start from the weights alone: checkpoint.load_weights_only=true with checkpoint.load"
+    if not own and metadata.step >= config.train.steps:
+        more = f"the checkpoint {path} is at step {metadata.step} already; ask for more steps"
+        raise ConfigError("train.steps", config.train.steps, more)
     for key in ("parallel.distributed_optimizer", "train.global_batch_size", "train.sequence_length", "data.mode"):
         section, name = key.split(".")
         theirs, ours = metadata.config[section].get(name), getattr(getattr(config, section), name)

@@ -8,6 +8,7 @@ whole rows, over all ranks.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
 from moba_train.config.schema import ModelConfig
@@ -46,10 +47,12 @@ def matmul_flops_per_token(model: ModelConfig) -> int:
 
 def training_flops(model: ModelConfig, plan: tuple[LayerAttention, ...], lengths: Iterable[int]) -> int:
     """Forward and backward operations of documents of these lengths through the whole model."""
-    total = 0
     width = model.num_attention_heads * model.head_dim
-    for length in lengths:
-        total += 3 * matmul_flops_per_token(model) * length
-        for layer in plan:
-            total += 3 * 4 * width * attention_pairs(layer, length) + 2 * width * gate_pairs(layer, length)
+    layers = Counter(plan).items()
+    total = 0
+    for length, documents in Counter(lengths).items():
+        attention = sum(
+            count * (12 * attention_pairs(layer, length) + 2 * gate_pairs(layer, length)) for layer, count in layers
+        )
+        total += documents * (3 * matmul_flops_per_token(model) * length + width * attention)
     return total

@@ -68,6 +68,7 @@ def _train(run: Run, stop: _StopSignal) -> None:
             plan = describe(layer_plan(config.attention, config.model.num_layers, run.step))
             with clock:
                 result = train_step(run, stop.received is not None)
+            clock.flops += result.flops
             stopped = result.stop
             if first and (run.step % config.metrics.log_every == 0 or run.step == config.train.steps):
                 record = _record(run, result, clock)
@@ -88,7 +89,9 @@ def _train(run: Run, stop: _StopSignal) -> None:
             if stopped:
                 again = f"The same command with run.dir={run.folder} goes on."
                 metrics.say(f"Stopped by {stop.received or 'a signal'} at step {run.step}; saved {path}. {again}")
-        if validated != run.step and not stopped:
+        if not clock.steps:
+            metrics.say(f"Step {run.step} of train.steps={config.train.steps} is done already; raise it to go on.")
+        elif validated != run.step and not stopped:
             _validate(run, metrics)
     finally:
         metrics.close()
@@ -102,7 +105,7 @@ class _Clock:
 
     def __init__(self, first_step: int) -> None:
         self.seconds = self.last = 0.0
-        self.steps = 0
+        self.steps = self.flops = 0
 
     def __enter__(self) -> None:
         self._start = time.perf_counter()
@@ -115,6 +118,10 @@ class _Clock:
     def eta(self, steps: int) -> float:
         """Seconds for that many more steps at the mean pace."""
         return self.seconds / max(self.steps, 1) * steps
+
+    def mfu(self, world_size: int) -> float:
+        """Model FLOPs utilisation over all steps: FLOP/s of a process over its device's peak."""
+        return self.flops / max(self.seconds, 1e-9) / world_size / devices.peak_flops()[0]
 
 
 def _record(run: Run, result: StepResult, clock: _Clock) -> dict[str, Any]:
@@ -173,7 +180,7 @@ def _summarise(run: Run, clock: _Clock) -> None:
     rows += [
         ("training time, s", clock.seconds),
         ("tokens per second", step_tokens * clock.steps / max(clock.seconds, 1e-9)),
-        ("MFU", f"{last.get('mfu', 0):.1%}"),
+        ("MFU", f"{clock.mfu(run.groups.world_size):.1%}"),
         ("peak memory, GiB", devices.peak_memory_gib()),
     ]
     print_table(f"{config.recipe} finished", rows)

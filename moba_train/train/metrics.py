@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +46,10 @@ class Metrics:
         kept = (
             [r for r in read_metrics(folder) if r["step"] <= first_step] if self._path.exists() and first_step else []
         )
-        self._stream = self._path.open("w")
-        for record in kept:
-            self._stream.write(json.dumps(record) + "\n")
-        self._stream.flush()
+        rewritten = self._path.with_suffix(".jsonl.partial")
+        rewritten.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        rewritten.replace(self._path)
+        self._stream = self._path.open("a")
         self._wandb = _start_wandb(config, folder) if config.wandb.mode != "disabled" else None
         self._console = Console()
         self._progress = Progress(
@@ -106,7 +107,12 @@ def _start_wandb(config: RunConfig, folder: Path) -> Any:
     if mode == "online" and not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
         _LOG.warning("wandb.mode=online but no API key is set: logging offline to %s", folder / "wandb")
         mode = "offline"
+    remembered = folder / "wandb_run_id"  # a resumed run goes on in the same chart
+    if not remembered.exists():
+        remembered.write_text(uuid.uuid4().hex)
     return wandb.init(
+        id=remembered.read_text(),
+        resume="allow",
         mode=mode,
         project=config.wandb.project,
         name=config.wandb.name or folder.name,

@@ -72,8 +72,26 @@ def preflight(config: RunConfig) -> int:
     layer_plan(config.attention, config.model.num_layers)
     if not config.dry_run:
         check_data(config.data, vocab_size=config.model.vocab_size, sequence_length=config.train.sequence_length)
+        _check_machine(config)
         checkpoint.check(config)
     return world_size
+
+
+def _check_machine(config: RunConfig) -> None:
+    """What only the machine of the run can tell: its GPUs, and whether the run folder can be written."""
+    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if gpus and processes > gpus:
+        raise ConfigError("world_size", processes, f"{gpus} GPU(s) here: start at most that many processes a machine")
+    for key in ("backend", "full_backend"):
+        if getattr(config.attention, key) == "triton" and not gpus and "TRITON_INTERPRET" not in os.environ:
+            raise ConfigError(f"attention.{key}", "triton", "needs a CUDA GPU and there is none here; choose auto")
+    if config.run.dir is not None:
+        folder = Path(config.run.dir).absolute()
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
+            raise ConfigError(
+                "run.dir", config.run.dir, f"{existing} is not a folder that can be written; choose another"
+            )
 
 
 def setup(config: RunConfig) -> Run:

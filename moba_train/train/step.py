@@ -136,7 +136,7 @@ def validate_model(run: Run) -> Validation:
     for chunk in run.chunks:
         chunk.eval()
     with torch.no_grad():
-        for _ in range(config.train.validation_batches):
+        for _ in range(-(-run.data.valid.num_rows // config.train.global_batch_size)):
             total += _run_schedule(run, _global_batch(loader), report, forward_only=True).view_as(total)
     for chunk in run.chunks:
         chunk.train()

@@ -90,8 +90,14 @@ class TestCommandLine:
         assert "128k" in text
         assert "dense_last_layers" in text
 
-    @pytest.mark.parametrize("rank, heard", [("0", True), ("1", False)])
-    def test_an_error_is_one_message_from_the_first_process(self, capsys, monkeypatch, rank, heard):
+    @pytest.mark.parametrize("rank, local_rank, waited", [("0", "0", []), ("8", "0", []), ("9", "1", [10.0])])
+    def test_an_error_is_one_message_a_machine_and_others_leave_it_the_word(
+        self, capsys, monkeypatch, rank, local_rank, waited
+    ):
+        waits = []
+        monkeypatch.setattr("time.sleep", waits.append)
         monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
         assert run_command_line(pytest.fail, "doc", ["foo=1"]) == 2
-        assert ("foo='1'" in capsys.readouterr().err) == heard
+        assert "foo='1'" in capsys.readouterr().err
+        assert waits == waited

