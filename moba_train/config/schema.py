@@ -43,13 +43,24 @@ class ConfigError(Exception):
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Rotary frequency scaling, by Hugging Face's field names (`rope_scaling` in config.json)."""
+    """Rotary frequency scaling, by Hugging Face's field names. Which type takes which: config/huggingface.py.
 
-    rope_type: str = "default"  # default | linear | llama3
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
+    A field that the type does not take must stay null.
+    """
+
+    rope_type: str = "default"  # default | linear | dynamic (NTK-aware) | llama3 | yarn | longrope
+    factor: float | None = None
+    original_max_position_embeddings: int | None = None
+    low_freq_factor: float | None = None  # llama3
+    high_freq_factor: float | None = None  # llama3
+    attention_factor: float | None = None  # yarn, longrope: multiplies cos and sin; null: by the type's formula
+    beta_fast: float | None = None  # yarn; null: 32
+    beta_slow: float | None = None  # yarn; null: 1
+    mscale: float | None = None  # yarn
+    mscale_all_dim: float | None = None  # yarn
+    truncate: bool | None = None  # yarn; null: true
+    short_factor: list[float] | None = None  # longrope: a factor for each dimension pair
+    long_factor: list[float] | None = None  # longrope: the same, of inputs beyond original_max_position_embeddings
 
 
 @dataclass(frozen=True)
@@ -66,8 +77,10 @@ class ModelConfig:
     vocab_size: int = 4096
     rope_base: float = 10000.0
     rope_scaling: RopeScaling = field(default_factory=RopeScaling)
+    max_position_embeddings: int | None = None  # longest input it was made for; null: train.sequence_length
     norm_epsilon: float = 1e-5
     qk_norm: bool = False
+    qkv_bias: bool = False
     tie_embeddings: bool = True
     init_std: float = 0.02
     transformer_impl: str = "local"  # local | transformer_engine
@@ -153,6 +166,7 @@ class CheckpointConfig:
     resume: bool = True  # go on from run.dir's latest checkpoint when there is one
     load: str | None = None  # start from this checkpoint (a run folder or one of its step folders)
     load_weights_only: bool = False  # with load: fresh optimizer, schedule and data position
+    init_from_hf: str | None = None  # start from the weights of this Hugging Face folder; its shape becomes model.*
 
 
 @dataclass(frozen=True)
@@ -241,6 +255,11 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
             raise ConfigError(key, value, "expects a mapping")
         _, item = typing.get_args(hint)
         return {str(name): _convert(v, item, f"{key}.{name}") for name, v in value.items()}
+    if typing.get_origin(hint) is list:
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(key, value, "expects a list")
+        (item,) = typing.get_args(hint)
+        return [_convert(v, item, f"{key}[{index}]") for index, v in enumerate(value)]
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint is float and isinstance(value, str):  # YAML 1.1 reads 3e-4 as a string

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 from typing import Any
 
+from moba_train.config.huggingface import check_rope
 from moba_train.config.schema import ConfigError, RunConfig
 
 __all__ = ["data_parallel_size", "min_world_size", "validate"]
@@ -16,7 +17,6 @@ __all__ = ["data_parallel_size", "min_world_size", "validate"]
 _CHOICES = {
     "precision": ("fp32", "bf16", "fp8"),
     "model.transformer_impl": ("local", "transformer_engine"),
-    "model.rope_scaling.rope_type": ("default", "linear", "llama3"),
     "attention.backend": ("auto", "reference", "portable", "triton"),
     "attention.full_backend": ("auto", "reference", "sdpa", "triton"),
     "parallel.context_layout": ("zigzag", "balanced", "contiguous"),
@@ -95,6 +95,7 @@ def _check_model(config: RunConfig) -> None:
         f"must be a multiple of model.num_key_value_heads={model.num_key_value_heads}",
     )
     _require(config, "model.head_dim", model.head_dim % 2 == 0, "rotary embedding needs an even head dimension")
+    check_rope(model)
     for name in ("num_attention_heads", "num_key_value_heads", "ffn_hidden_size", "vocab_size"):
         _require(
             config,
@@ -193,7 +194,6 @@ def _check_training(config: RunConfig) -> None:
         _require(config, key, _get(config, key) > 0, "must be positive")
     for key in ("optim.beta1", "optim.beta2"):
         _require(config, key, 0 <= _get(config, key) < 1, "must lie in [0, 1)")
-    _require(config, "model.rope_scaling.factor", config.model.rope_scaling.factor > 0, "must be positive")
     _require(config, "train.seed", 0 <= train.seed < 2**31, "must lie between 0 and 2147483647")
     _require(
         config,

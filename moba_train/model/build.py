@@ -59,6 +59,7 @@ def transformer_config(config: RunConfig, device: torch.device) -> TransformerCo
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_epsilon,
         qk_layernorm=model.qk_norm,
+        add_qkv_bias=model.qkv_bias,
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,

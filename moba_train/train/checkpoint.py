@@ -28,7 +28,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import unwrap_model
 
-from moba_train.config.schema import ConfigError, RunConfig, to_dict
+from moba_train.config.schema import ConfigError, ModelConfig, RunConfig, to_dict
 from moba_train.model.layer_plan import layer_plan
 from moba_train.parallel.seed import load_random_state, random_state
 
@@ -59,6 +59,7 @@ _SHAPE = [
     "head_dim",
     "vocab_size",
     "qk_norm",
+    "qkv_bias",
     "tie_embeddings",
 ]
 
@@ -115,7 +116,9 @@ def check(config: RunConfig) -> None:
             raise _corrupt(path, f"{name} should have {size} bytes and is {found}")
     _check_position(config, path, metadata)
     for key in _SHAPE:
-        theirs, ours = metadata.config["model"].get(key), getattr(config.model, key)
+        # A checkpoint from before a key existed has its default.
+        theirs = metadata.config["model"].get(key, getattr(ModelConfig, key))
+        ours = getattr(config.model, key)
         if theirs != ours:
             raise ConfigError(
                 f"model.{key}",

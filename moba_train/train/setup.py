@@ -25,7 +25,7 @@ from moba_train.data.pretrain import PretrainData, build_datasets
 from moba_train.data.validate import check_data
 from moba_train.model.build import build_model
 from moba_train.model.layer_plan import layer_plan
-from moba_train.model.rope import inverse_frequencies
+from moba_train.model.rope import Frequencies, inverse_frequencies
 from moba_train.parallel import groups as mesh
 from moba_train.parallel.seed import seed_everything
 from moba_train.train import checkpoint
@@ -36,7 +36,7 @@ __all__ = ["Run", "close", "preflight", "setup"]
 
 @dataclass
 class Run:
-    """A run in progress: `step` optimizer steps are done. frequencies: rotary angles per position, fp64 [D/2]."""
+    """A run in progress: `step` optimizer steps are done. frequencies: of the rotary embedding."""
 
     config: RunConfig
     groups: mesh.Groups
@@ -47,7 +47,7 @@ class Run:
     scheduler: OptimizerParamScheduler
     data: PretrainData
     loader: Loader
-    frequencies: torch.Tensor
+    frequencies: Frequencies
     step: int = 0
     tokens: int = 0
 
@@ -123,7 +123,7 @@ def setup(config: RunConfig) -> Run:
         scheduler=build_scheduler(config, optimizer),
         data=data,
         loader=Loader(data.train, global_batch_size=batch, dp_rank=groups.data.rank, dp_size=groups.data.size),
-        frequencies=inverse_frequencies(config.model).to(device),
+        frequencies=inverse_frequencies(config.model, config.train.sequence_length).to(device),
     )
     checkpoint.restore(run)
     return run
