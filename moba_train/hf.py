@@ -28,10 +28,11 @@ from torch import Tensor
 
 from moba_train.attention import SequenceInfo, full_attention, moba_attention
 
-__all__ = ["NAME", "Rows", "register", "rows_of"]
+__all__ = ["NAME", "Rows", "layer_of", "register", "rows_of"]
 
 NAME = "moba"
 _DECODE = ("moba", "full")
+_SIZES = ("block_size", "top_k")
 _REFUSED = ("sliding_window", "softcap", "s_aux", "dropout")
 _settings = {"decode": "moba"}
 
@@ -83,6 +84,28 @@ def rows_of(batch_size: int, q_length: int, kv_length: int, real_BS: Tensor | No
     )
 
 
+def layer_of(moba: Any, index: int, count: int) -> dict[str, Any]:
+    """Entry `index` of the "moba" section of a config.json for `count` layers; ValueError where it is not sound."""
+    layers = moba.get("layers") if isinstance(moba, dict) else None
+    if not isinstance(layers, list) or len(layers) != count:
+        raise ValueError(
+            f'attn_implementation="{NAME}" needs config.moba = {{"layers": [...]}} with {count} entries such as '
+            '{"kind": "moba", "block_size": 512, "top_k": 12} or {"kind": "full"}; folders exported by '
+            "launch/convert.py core-to-hf have it in config.json"
+        )
+    layer = layers[index]
+    unknown = sorted(set(layer) - {"kind", *_SIZES}) if isinstance(layer, dict) else [repr(layer)]
+    if unknown:
+        raise ValueError(f"config.moba layer {index} has {', '.join(unknown)}, which is not known here")
+    sizes = [layer.get(name) for name in _SIZES]
+    sound = all(isinstance(size, int) and size >= 1 for size in sizes)
+    if layer.get("kind") != "full" and not (layer.get("kind") == "moba" and sound):
+        raise ValueError(
+            f"config.moba layer {index} is {layer}: kind is 'full', or 'moba' with block_size and top_k of at least 1"
+        )
+    return layer
+
+
 def _mask(
     batch_size: int,
     q_length: int,
@@ -106,7 +129,7 @@ def _mask(
 
 
 def _attention(
-    module: torch.nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -127,7 +150,7 @@ def _attention(
     if rows.query_index is not None and rows.key_index is not None:
         q_THD = q_THD.index_select(0, rows.query_index)
         k_SGD, v_SGD = (x.index_select(0, rows.key_index) for x in (k_SGD, v_SGD))
-    layer = _layer(module)
+    layer = layer_of(getattr(module.config, "moba", None), module.layer_idx, module.config.num_hidden_layers)
     decoding = q_length == 1 and key.shape[2] > 1
     if layer["kind"] == "full" or (decoding and _settings["decode"] == "full"):
         out_THD, _ = full_attention(q_THD, k_SGD, v_SGD, rows.sequence, softmax_scale=scaling)
@@ -142,29 +165,6 @@ def _attention(
         padded_THD = out_THD.new_zeros(batch_size * q_length, num_heads, head_dim)
         out_THD = padded_THD.index_copy(0, rows.query_index, out_THD)
     return out_THD.view(batch_size, q_length, num_heads, head_dim), None
-
-
-def _layer(module: Any) -> dict[str, Any]:
-    """This layer's entry of config.moba["layers"], checked."""
-    plan = getattr(module.config, "moba", None)
-    layers = plan.get("layers") if isinstance(plan, dict) else None
-    count = module.config.num_hidden_layers
-    if not isinstance(layers, list) or len(layers) != count:
-        raise ValueError(
-            f'attn_implementation="{NAME}" needs config.moba = {{"layers": [...]}} with {count} entries such as '
-            '{"kind": "moba", "block_size": 512, "top_k": 12} or {"kind": "full"}; folders exported by '
-            "launch/convert.py core-to-hf have it in config.json"
-        )
-    layer = layers[module.layer_idx]
-    if layer.get("kind") == "full":
-        return layer
-    sizes = [layer.get(name) for name in ("block_size", "top_k")]
-    if layer.get("kind") != "moba" or not all(isinstance(size, int) and size >= 1 for size in sizes):
-        raise ValueError(
-            f"config.moba layer {module.layer_idx} is {layer}: kind is 'full', or 'moba' with block_size and top_k of "
-            "at least 1"
-        )
-    return layer
 
 
 def _refusal(what: str) -> ValueError:

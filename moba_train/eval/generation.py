@@ -15,7 +15,7 @@ import torch
 
 from moba_train.attention import LayerCache, SequenceInfo
 from moba_train.config.schema import ConfigError
-from moba_train.eval.model import Model, hidden_states, logits
+from moba_train.eval.model import Model, fit_length, hidden_states, logits
 from moba_train.model.core_attention import RowParams, set_layer_plan
 from moba_train.model.layer_plan import LayerKind
 from moba_train.model.rope import rotary_table
@@ -106,6 +106,7 @@ def generate(
     """
     if not prompt or prefill_chunk < 1 or decode not in DECODE:
         raise ValueError(f"prompt of {len(prompt)} tokens, prefill_chunk {prefill_chunk}, decode {decode!r}")
+    fit_length(model, len(prompt) + max_tokens)
     caches = new_caches(model, reserve=len(prompt) + max_tokens)
     for begin in range(0, len(prompt), prefill_chunk):
         following_V = next_logits(model, prompt[begin : begin + prefill_chunk], caches)

@@ -12,78 +12,104 @@ import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
 
 from moba_train import device as devices
+from moba_train import hf
 from moba_train.config.compose import with_overrides
+from moba_train.config.huggingface import read_config
 from moba_train.config.schema import (
+    AttentionConfig,
     CheckpointConfig,
     ConfigError,
     ParallelConfig,
     RunConfig,
     RunDirConfig,
+    TrainConfig,
     WandbConfig,
     from_dict,
 )
 from moba_train.config.validate import validate
 from moba_train.model.build import build_gpt, transformer_config
+from moba_train.model.convert_hf import fill_model
 from moba_train.model.core_attention import RowParams, set_layer_plan
-from moba_train.model.layer_plan import LayerAttention, layer_plan
-from moba_train.model.rope import inverse_frequencies
+from moba_train.model.hf_folder import HFTensors, load_hf_folder
+from moba_train.model.layer_plan import LayerAttention, LayerKind, layer_plan
+from moba_train.model.rope import Frequencies, inverse_frequencies
 from moba_train.parallel import groups as mesh
 from moba_train.parallel.seed import seed_everything
 from moba_train.train import checkpoint
 
-__all__ = ["Model", "Source", "check_length", "close", "find_source", "hidden_states", "logits", "open_model"]
+__all__ = [
+    "Model",
+    "Source",
+    "check_length",
+    "close",
+    "find_source",
+    "fit_length",
+    "hidden_states",
+    "logits",
+    "open_model",
+]
 
 _KEY = "checkpoint"
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model comes from. trained_length: tokens of a training row; step: None where none is known."""
+    """Where a model comes from: `tensors` of a Hugging Face folder, else a core checkpoint at `path`.
+
+    trained_length: tokens it was made for. tokenizer: its folder, where one is known. step: None of a folder.
+    """
 
     path: Path
     config: RunConfig
     plan: tuple[LayerAttention, ...]
     trained_length: int
-    step: int | None
     tokenizer: Path | None
+    step: int | None = None
+    tensors: HFTensors | None = None
 
 
 @dataclass
 class Model:
-    """A model on its device, in evaluation mode. frequencies: rotary angles per position, fp64 [D/2]."""
+    """A model on its device, in evaluation mode. frequencies: rotary, for the length that `fit_length` was told."""
 
     config: RunConfig
     groups: mesh.Groups
     device: torch.device
     gpt: GPTModel
     plan: tuple[LayerAttention, ...]
-    frequencies: torch.Tensor
+    frequencies: Frequencies
+    least_length: int = 1  # what rotary frequencies that depend on a length are for at least
 
 
 def find_source(path: str, overrides: list[str]) -> Source:
-    """The model at `path` (a run folder or a step folder), with key=value `overrides` of its configuration.
+    """The model at `path` (a run folder, a step folder, or a Hugging Face folder), with key=value `overrides`.
 
     ConfigError where there is none, it is damaged or of another shape, or a setting cannot work.
     """
-    if not Path(path).is_dir():
-        raise ConfigError(_KEY, path, "no such folder; give a run folder or one of its step folders")
-    folder = checkpoint.find(path, key=_KEY).resolve()
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ConfigError(_KEY, path, "no such folder; give a run folder, a step folder or a Hugging Face folder")
+    if (folder / "config.json").is_file() and not (folder / checkpoint.METADATA).is_file():
+        return _hf_source(folder.resolve(), overrides)
+    folder = checkpoint.find(folder, key=_KEY).resolve()
     metadata = checkpoint.read_metadata(folder)
     trained: RunConfig = from_dict(metadata.config)
-    config = _for_asking(trained, overrides, CheckpointConfig(load=str(folder), load_weights_only=True, resume=False))
+    start = CheckpointConfig(load=str(folder), load_weights_only=True, resume=False)
+    config = _for_asking(dataclasses.replace(trained, checkpoint=start), overrides)
     checkpoint.check(config)
     return Source(
         path=folder,
         config=config,
         plan=layer_plan(config.attention, config.model.num_layers, max(metadata.step - 1, 0)),
         trained_length=trained.train.sequence_length,
-        step=metadata.step,
         tokenizer=_tokenizer(folder, trained),
+        step=metadata.step,
     )
 
 
@@ -103,10 +129,22 @@ def open_model(source: Source) -> Model:
     groups = mesh.initialize(config.parallel, devices.collective_backend(), device)
     seed_everything(config.train.seed, groups.pipeline.rank)
     gpt = build_gpt(config, transformer_config(config, device), groups, device)
-    checkpoint.load_weights(source.path, gpt, groups.data_context.group)
+    if source.tensors is None:
+        checkpoint.load_weights(source.path, gpt, groups.data_context.group)
+        least_length = config.train.sequence_length  # trained with the frequencies of that length
+    else:
+        fill_model([gpt], config.model, source.tensors.read)
+        source.tensors.close()
+        least_length = 1  # as transformers: of the input at hand
     set_layer_plan([gpt], source.plan)
     gpt.eval()
-    return Model(config, groups, device, gpt, source.plan, inverse_frequencies(config.model).to(device))
+    frequencies = inverse_frequencies(config.model, least_length).to(device)
+    return Model(config, groups, device, gpt, source.plan, frequencies, least_length)
+
+
+def fit_length(model: Model, length: int) -> None:
+    """Choose rotary frequencies for inputs of up to `length` tokens, where the scaling depends on it."""
+    model.frequencies = inverse_frequencies(model.config.model, max(length, model.least_length)).to(model.device)
 
 
 def close() -> None:
@@ -130,20 +168,56 @@ def logits(model: Model, hidden_RX: torch.Tensor) -> torch.Tensor:
     return logits_R1V[:, 0].float()
 
 
-def _for_asking(trained: RunConfig, overrides: list[str], start: CheckpointConfig) -> RunConfig:
+def _hf_source(folder: Path, overrides: list[str]) -> Source:
+    shape, tensors = load_hf_folder(folder, key=_KEY)
+    moba = read_config(folder, _KEY).get("moba")
+    plan = [_layer(folder, moba, index, shape.num_layers) for index in range(shape.num_layers)]
+    sparse = [layer for layer in plan if layer.kind is LayerKind.MOBA] or plan
+    attention = AttentionConfig(",".join(layer.kind for layer in plan), sparse[0].block_size, sparse[0].top_k)
+    precision = "bf16" if {info.dtype for info in tensors.infos.values()} == {"BF16"} else "fp32"
+    length = shape.max_position_embeddings or RunConfig().train.sequence_length
+    train = TrainConfig(sequence_length=length)
+    config = _for_asking(
+        RunConfig(recipe=shape.name, precision=precision, model=shape, attention=attention, train=train), overrides
+    )
+    for key, theirs in dataclasses.asdict(shape).items():
+        ours = getattr(config.model, key)
+        if key in checkpoint.SHAPE and ours != theirs:
+            raise ConfigError(f"model.{key}", ours, f"the model in {folder} has {theirs}; leave it as it is")
+    if config.attention != attention:
+        if len(set(sparse)) > 1:
+            what = "MoBA layers of this folder differ in block_size or top_k, which no single setting can say"
+            raise ConfigError("attention", ", ".join(overrides), f"{what}; edit its config.json instead")
+        plan = list(layer_plan(config.attention, shape.num_layers))
+    has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+    return Source(folder, config, tuple(plan), length, folder if has_tokenizer else None, tensors=tensors)
+
+
+def _layer(folder: Path, moba: Any, index: int, count: int) -> LayerAttention:
+    """A layer by the folder's config.json; all full where it does not speak of MoBA."""
+    if moba is None:
+        return LayerAttention(LayerKind.FULL, 1, 1)
+    try:
+        layer = hf.layer_of(moba, index, count)
+    except ValueError as error:
+        raise ConfigError(_KEY, str(folder), str(error)) from None
+    return LayerAttention(LayerKind(layer["kind"]), layer.get("block_size", 1), layer.get("top_k", 1))
+
+
+def _for_asking(trained: RunConfig, overrides: list[str]) -> RunConfig:
     """The configuration without what only training needs, in one process unless the overrides say otherwise."""
     plain = dataclasses.replace(
-        trained, parallel=ParallelConfig(), checkpoint=start, run=RunDirConfig(), wandb=WandbConfig(), dry_run=False
+        trained, parallel=ParallelConfig(), run=RunDirConfig(), wandb=WandbConfig(), dry_run=False, world_size=None
     )
-    config = with_overrides(dataclasses.replace(plain, world_size=None), overrides)
+    config = with_overrides(plain, overrides)
     for key in ("pipeline", "virtual_pipeline"):
         if getattr(config.parallel, key) != 1:
             remedy = "every copy of the model is whole here; spread it with parallel.tensor and parallel.context"
             raise ConfigError(f"parallel.{key}", getattr(config.parallel, key), remedy)
     if config.parallel.sequence:
         raise ConfigError("parallel.sequence", True, "it only saves memory of training; leave it out")
-    validate_length = 2 * config.parallel.context
-    check_length(config, int(os.environ.get("WORLD_SIZE", "1")), validate_length, "parallel.context")
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    check_length(config, world_size, 2 * config.parallel.context, "parallel.context")
     return config
 
 

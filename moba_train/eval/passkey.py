@@ -1,8 +1,8 @@
 """Passkey retrieval (needle in a haystack; arXiv 2305.16300): a number hidden in real text, asked for at its end.
 
 A case is a row of exactly `length` tokens: filler, with the needle at `depth` of it, then the question and the answer.
-  - exact: whether greedy decoding would give the key. It would exactly when every token of the key is the likeliest after
-    those before it, so one forward pass over the row with the key in place says so, under context parallelism too.
+  - exact: whether greedy decoding would give the key. It would exactly when every token of the key is the likeliest
+    after those before it, so a forward pass over the row with the key in place says so, on any number of ranks.
   - margin: log-likelihood of the key less that of the best distractor (other numbers of as many tokens), nats. Above 0
     the model prefers the key: a finer measure for models too small to answer.
 Filler, key and distractors depend on seed, length and sample alone, so that depths and models see the same.
@@ -54,9 +54,7 @@ class Cell:
     margin: float | None
 
 
-def build_case(
-    documents: Documents, length: int, depth: float, sample: int, *, distractors: int, seed: int
-) -> Case:
+def build_case(documents: Documents, length: int, depth: float, sample: int, *, distractors: int, seed: int) -> Case:
     """ConfigError where `length` tokens do not hold needle, question and answer."""
     tokenizer = documents.tokenizer
     draw = random.Random(f"{seed}/{length}/{sample}")
@@ -88,7 +86,7 @@ def passkey_grid(
     seed: int,
     progress: Callable[[list[tuple[int, float, int]]], Iterable[tuple[int, float, int]]] = iter,
 ) -> list[Cell]:
-    """Every length at every depth; data-parallel ranks share the cases, context ranks each row. The same on all ranks."""
+    """Every length at every depth, the same on all ranks: data-parallel ranks share cases, context ranks each row."""
     places = [(length, depth, sample) for length in lengths for depth in depths for sample in range(samples)]
     data = model.groups.data
     mine = {}

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from moba_train.data.batch import Batch
-from moba_train.eval.model import Model, hidden_states, logits
+from moba_train.eval.model import Model, fit_length, hidden_states, logits
 from moba_train.train.step import to_row
 
 __all__ = ["Scores", "document_row", "score"]
@@ -45,6 +45,7 @@ def document_row(text: torch.Tensor, first_loss: int = 0, end_loss: int | None =
 @torch.no_grad()
 def score(model: Model, batch: Batch) -> Scores:
     """Loss and hit of every label of the (whole, unsharded) row that counts, on the context rank that holds it."""
+    fit_length(model, int(batch.cu_seqlens[-1]))
     row = to_row(model, batch)
     hidden_TX = hidden_states(model, row.batch.tokens, row.batch.positions, row.params)
     rows_R = row.batch.loss_mask.nonzero()[:, 0]

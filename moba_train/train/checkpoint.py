@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from moba_train.train.setup import Run
 
 __all__ = [
+    "METADATA",
+    "SHAPE",
     "CheckpointError",
     "Metadata",
     "check",
@@ -48,9 +50,9 @@ __all__ = [
 ]
 
 _LOG = logging.getLogger(__name__)
-_METADATA = "moba_train.json"
+METADATA = "moba_train.json"
 # What must be equal for a checkpoint's weights to fit; rope, init and implementation may change.
-_SHAPE = [
+SHAPE = [
     "num_layers",
     "hidden_size",
     "ffn_hidden_size",
@@ -96,7 +98,7 @@ def find(path: str | Path, key: str = "checkpoint.load") -> Path:
     for folder in (path / "checkpoints", path):
         if (found := _latest(folder)) is not None:
             return found
-    if (path / _METADATA).is_file():
+    if (path / METADATA).is_file():
         return path
     raise ConfigError(
         key, str(path), "no checkpoint there; give a run folder, its checkpoints folder, or a step folder"
@@ -115,7 +117,7 @@ def check(config: RunConfig) -> None:
             found = f"{file.stat().st_size} bytes" if file.is_file() else "missing"
             raise _corrupt(path, f"{name} should have {size} bytes and is {found}")
     _check_position(config, path, metadata)
-    for key in _SHAPE:
+    for key in SHAPE:
         # A checkpoint from before a key existed has its default.
         theirs = metadata.config["model"].get(key, getattr(ModelConfig, key))
         ours = getattr(config.model, key)
@@ -146,9 +148,9 @@ def _check_position(config: RunConfig, path: Path, metadata: Metadata) -> None:
 def read_metadata(path: Path) -> Metadata:
     """moba_train.json of a checkpoint folder; CheckpointError when it is missing or damaged."""
     try:
-        return Metadata(**json.loads((path / _METADATA).read_text()))
+        return Metadata(**json.loads((path / METADATA).read_text()))
     except (OSError, ValueError, TypeError) as error:
-        raise _corrupt(path, f"{_METADATA}: {error}") from None
+        raise _corrupt(path, f"{METADATA}: {error}") from None
 
 
 def save(run: Run) -> Path:
@@ -182,7 +184,7 @@ def save(run: Run) -> Path:
             world_size=run.groups.world_size,
             manifest=manifest,
         )
-        _write_durably(partial / _METADATA, json.dumps(asdict(metadata), indent=1))
+        _write_durably(partial / METADATA, json.dumps(asdict(metadata), indent=1))
         if final.exists():  # the same step saved before: out of the way first, removed last
             final.rename(final.with_suffix(".replaced.partial"))
         partial.rename(final)

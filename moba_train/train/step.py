@@ -24,7 +24,7 @@ from moba_train.data.batch import Batch
 from moba_train.data.loader import Loader
 from moba_train.model.core_attention import RowParams, set_layer_plan
 from moba_train.model.layer_plan import layer_plan
-from moba_train.model.rope import rotary_table
+from moba_train.model.rope import Frequencies, rotary_table
 from moba_train.parallel.groups import Groups
 from moba_train.train.flops import training_flops
 from moba_train.train.loss import masked_sum, position_sums
@@ -59,7 +59,7 @@ class HasModel(Protocol):
     config: RunConfig
     groups: Groups
     device: torch.device
-    frequencies: torch.Tensor
+    frequencies: Frequencies
 
 
 @dataclass(frozen=True)
