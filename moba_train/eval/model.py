@@ -21,10 +21,12 @@ from moba_train import device as devices
 from moba_train import hf
 from moba_train.config.compose import with_overrides
 from moba_train.config.huggingface import read_config
+from moba_train.config.schedule import attention_of_phase
 from moba_train.config.schema import (
     AttentionConfig,
     CheckpointConfig,
     ConfigError,
+    LayerOverride,
     ParallelConfig,
     RunConfig,
     RunDirConfig,
@@ -37,7 +39,7 @@ from moba_train.model.build import build_gpt, transformer_config
 from moba_train.model.convert_hf import fill_model
 from moba_train.model.core_attention import RowParams, set_layer_plan
 from moba_train.model.hf_folder import HFTensors, load_hf_folder
-from moba_train.model.layer_plan import LayerAttention, LayerKind, layer_plan
+from moba_train.model.layer_plan import LayerAttention, LayerKind, Plan, layer_plan
 from moba_train.model.rope import Frequencies, inverse_frequencies
 from moba_train.parallel import groups as mesh
 from moba_train.parallel.seed import seed_everything
@@ -67,7 +69,7 @@ class Source:
 
     path: Path
     config: RunConfig
-    plan: tuple[LayerAttention, ...]
+    plan: Plan
     trained_length: int
     tokenizer: Path | None
     step: int | None = None
@@ -82,7 +84,7 @@ class Model:
     groups: mesh.Groups
     device: torch.device
     gpt: GPTModel
-    plan: tuple[LayerAttention, ...]
+    plan: Plan
     frequencies: Frequencies
     least_length: int = 1  # what rotary frequencies that depend on a length are for at least
 
@@ -101,12 +103,13 @@ def find_source(path: str, overrides: list[str]) -> Source:
     metadata = checkpoint.read_metadata(folder)
     trained: RunConfig = from_dict(metadata.config)
     start = CheckpointConfig(load=str(folder), load_weights_only=True, resume=False)
-    config = _for_asking(dataclasses.replace(trained, checkpoint=start), overrides)
+    attention = _attention_at(trained.attention, max(metadata.step - 1, 0))
+    config = _for_asking(dataclasses.replace(trained, checkpoint=start, attention=attention), overrides)
     checkpoint.check(config)
     return Source(
         path=folder,
         config=config,
-        plan=layer_plan(config.attention, config.model.num_layers, max(metadata.step - 1, 0)),
+        plan=layer_plan(config.attention, config.model.num_layers),
         trained_length=trained.train.sequence_length,
         tokenizer=_tokenizer(folder, trained),
         step=metadata.step,
@@ -171,9 +174,8 @@ def logits(model: Model, hidden_RX: torch.Tensor) -> torch.Tensor:
 def _hf_source(folder: Path, overrides: list[str]) -> Source:
     shape, tensors = load_hf_folder(folder, key=_KEY)
     moba = read_config(folder, _KEY).get("moba")
-    plan = [_layer(folder, moba, index, shape.num_layers) for index in range(shape.num_layers)]
-    sparse = [layer for layer in plan if layer.kind is LayerKind.MOBA] or plan
-    attention = AttentionConfig(",".join(layer.kind for layer in plan), sparse[0].block_size, sparse[0].top_k)
+    plan = tuple(_layer(folder, moba, index, shape.num_layers) for index in range(shape.num_layers))
+    attention = _attention_of(plan)
     precision = "bf16" if {info.dtype for info in tensors.infos.values()} == {"BF16"} else "fp32"
     length = shape.max_position_embeddings or RunConfig().train.sequence_length
     train = TrainConfig(sequence_length=length)
@@ -184,13 +186,9 @@ def _hf_source(folder: Path, overrides: list[str]) -> Source:
         ours = getattr(config.model, key)
         if key in checkpoint.SHAPE and ours != theirs:
             raise ConfigError(f"model.{key}", ours, f"the model in {folder} has {theirs}; leave it as it is")
-    if config.attention != attention:
-        if len(set(sparse)) > 1:
-            what = "MoBA layers of this folder differ in block_size or top_k, which no single setting can say"
-            raise ConfigError("attention", ", ".join(overrides), f"{what}; edit its config.json instead")
-        plan = list(layer_plan(config.attention, shape.num_layers))
+    plan = layer_plan(config.attention, shape.num_layers)
     has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
-    return Source(folder, config, tuple(plan), length, folder if has_tokenizer else None, tensors=tensors)
+    return Source(folder, config, plan, length, folder if has_tokenizer else None, tensors=tensors)
 
 
 def _layer(folder: Path, moba: Any, index: int, count: int) -> LayerAttention:
@@ -204,6 +202,27 @@ def _layer(folder: Path, moba: Any, index: int, count: int) -> LayerAttention:
     return LayerAttention(LayerKind(layer["kind"]), layer.get("block_size", 1), layer.get("top_k", 1))
 
 
+def _attention_of(plan: Plan) -> AttentionConfig:
+    """Settings that give `plan`, so that they can be changed like any others."""
+    first = next((layer for layer in plan if layer.kind is LayerKind.MOBA), plan[0])
+    others = tuple(
+        LayerOverride(layers=(index,), block_size=layer.block_size, top_k=layer.top_k)
+        for index, layer in enumerate(plan)
+        if layer.kind is LayerKind.MOBA and layer != first
+    )
+    pattern = ",".join(layer.kind for layer in plan)
+    return AttentionConfig(pattern, first.block_size, first.top_k, overrides=others)
+
+
+def _attention_at(attention: AttentionConfig, step: int) -> AttentionConfig:
+    """What a schedule says for `step`, without the schedule: a change of it would otherwise be hidden by a phase."""
+    active = dataclasses.replace(attention, schedule=())
+    for phase in attention.schedule:
+        if phase.step is not None and phase.step <= step:
+            active = attention_of_phase(attention, phase)
+    return active
+
+
 def _for_asking(trained: RunConfig, overrides: list[str]) -> RunConfig:
     """The configuration without what only training needs, in one process unless the overrides say otherwise."""
     plain = dataclasses.replace(
@@ -214,6 +233,9 @@ def _for_asking(trained: RunConfig, overrides: list[str]) -> RunConfig:
         if getattr(config.parallel, key) != 1:
             remedy = "every copy of the model is whole here; spread it with parallel.tensor and parallel.context"
             raise ConfigError(f"parallel.{key}", getattr(config.parallel, key), remedy)
+    if config.attention.schedule:
+        remedy = "a model is asked as it is at one step: change attention.pattern and the like instead"
+        raise ConfigError("attention.schedule", len(config.attention.schedule), remedy)
     if config.parallel.sequence:
         raise ConfigError("parallel.sequence", True, "it only saves memory of training; leave it out")
     world_size = int(os.environ.get("WORLD_SIZE", "1"))

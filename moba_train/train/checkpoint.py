@@ -28,7 +28,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import unwrap_model
 
-from moba_train.config.schema import ConfigError, ModelConfig, RunConfig, to_dict
+from moba_train.config.schedule import PLAN_KEYS
+from moba_train.config.schema import AttentionConfig, ConfigError, ModelConfig, RunConfig, to_dict
 from moba_train.model.layer_plan import layer_plan
 from moba_train.parallel.seed import load_random_state, random_state
 
@@ -218,12 +219,22 @@ def restore(run: Run) -> None:
     run.scheduler.load_state_dict(state["scheduler"])
     run.loader.load_state_dict(metadata.data)
     run.step, run.tokens = metadata.step, metadata.tokens
+    _tell_other_plan(run.config, metadata)
     if "random" in state:
         load_random_state(state["random"])
     elif dist.get_rank() == 0:
         _LOG.info(
             "Another layout than the checkpoint's: random state starts afresh (nothing in these models draws from it)."
         )
+
+
+def _tell_other_plan(config: RunConfig, metadata: Metadata) -> None:
+    """Layer plan and schedule may change on resume; what changed is said."""
+    defaults, ours = to_dict(AttentionConfig()), json.loads(json.dumps(to_dict(config.attention)))
+    for key in (*PLAN_KEYS, "schedule"):
+        theirs = metadata.config["attention"].get(key, defaults[key])
+        if list(theirs) != ours[key] if isinstance(ours[key], list) else theirs != ours[key]:
+            _LOG.info("attention.%s was %s until step %d and is now %s", key, theirs, metadata.step, ours[key])
 
 
 def load_weights(path: Path, model: MegatronModule, data_context: dist.ProcessGroup) -> None:

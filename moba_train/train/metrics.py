@@ -1,7 +1,8 @@
 """What a run tells: metrics.jsonl always, one progress line on rank 0, wandb when asked.
 
 Keys of metrics.jsonl: step, loss, validation_loss, validation_loss_by_position, grad_norm, learning_rate, tokens,
-tokens_per_second, tflops_per_gpu, mfu, memory_gib, and layer_plan on the first step and whenever it changes.
+tokens_per_second, tflops_per_gpu, mfu, memory_gib, and layer_plan on the first step (also after a resume) and on the
+first step of every other plan.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from moba_train.data.loader import Loader
 from moba_train.data.pretrain import PretrainData, build_datasets
 from moba_train.data.validate import check_data
 from moba_train.model.build import build_model
-from moba_train.model.layer_plan import layer_plan
+from moba_train.model.layer_plan import plan_phases
 from moba_train.model.rope import Frequencies, inverse_frequencies
 from moba_train.parallel import groups as mesh
 from moba_train.parallel.seed import seed_everything
@@ -69,7 +69,7 @@ def preflight(config: RunConfig) -> int:
                 f"torchrun started {started} process(es); leave it out, or add dry_run=true to pretend",
             )
     validate(config, world_size)
-    layer_plan(config.attention, config.model.num_layers)
+    plan_phases(config.attention, config.model.num_layers)
     if not config.dry_run:
         check_data(config.data, vocab_size=config.model.vocab_size, sequence_length=config.train.sequence_length)
         _check_machine(config)

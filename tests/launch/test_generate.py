@@ -117,7 +117,7 @@ def test_a_prompt_under_a_chat_template_or_as_text(folder, tmp_path):
     [
         ({"checkpoint": "nowhere"}, "no such folder"),
         ({"overrides": ("model.num_layers=5",)}, "model.num_layers=5"),
-        ({"overrides": ("attention.top_k=5",)}, "differ in block_size or top_k"),
+        ({"overrides": ("attention.pattern=dense",)}, "attention.pattern='dense'"),
         ({"temperature": -1.0}, "--temperature"),
         ({"decode": "sparse"}, "--decode"),
         ({"max_tokens": 0}, "--max-tokens"),

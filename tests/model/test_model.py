@@ -5,7 +5,15 @@ import dataclasses
 import pytest
 import torch
 
-from moba_train.config.schema import AttentionConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from moba_train.config.schema import (
+    AttentionConfig,
+    AttentionPhase,
+    LayerOverride,
+    ModelConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainConfig,
+)
 from moba_train.model.layer_plan import LayerKind, layer_plan
 from moba_train.train.estimate import parameter_count
 from tests.helpers.spawn import run_distributed
@@ -32,6 +40,14 @@ VARIANTS = {
     "qk_norm": dataclasses.replace(MODEL, qk_norm=True),
     "qkv_bias": dataclasses.replace(MODEL, qkv_bias=True),
 }
+
+
+# Every layer recognisable by its number: after the switch, layer i picks i + 2 blocks, and the last one is full.
+NUMBERED = AttentionConfig(
+    schedule=(
+        AttentionPhase(step=3, full_layers=(3,), overrides=tuple(LayerOverride((i,), top_k=i + 2) for i in range(3))),
+    )
+)
 
 
 def _build(config):
@@ -91,17 +107,18 @@ def _one_process(rank, world_size):
 
 
 def _two_stages(rank, world_size, virtual):
+    """(layer number, layer) of this stage's attentions, as built and after a switch."""
     from megatron.core import parallel_state
 
-    from moba_train.model.core_attention import CoreAttention
+    from moba_train.model.core_attention import CoreAttention, set_layer_plan
 
     parallel = ParallelConfig(pipeline=2, virtual_pipeline=virtual)
     chunks = _build(dataclasses.replace(CONFIG, parallel=parallel))
-    found = [
-        (m.layer_number, str(m.layer.kind)) for chunk in chunks for m in chunk.modules() if isinstance(m, CoreAttention)
-    ]
+    modules = [m for chunk in chunks for m in chunk.modules() if isinstance(m, CoreAttention)]
+    built = [(module.layer_number, module.layer) for module in modules]
+    set_layer_plan(chunks, layer_plan(NUMBERED, MODEL.num_layers, 3))
     parallel_state.destroy_model_parallel()
-    return found
+    return built, [(module.layer_number, module.layer) for module in modules]
 
 
 def _both_schedules(rank, world_size):
@@ -138,8 +155,18 @@ def test_a_document_does_not_see_its_neighbour(built):
     assert not torch.equal(built["other neighbour"][:, :40], built["full"][:, :40])
 
 
-def test_pipeline_stages_hold_their_slice_of_the_plan():
-    kinds = ["moba", "moba", "full", "moba"]
-    plain, interleaved = zip(*run_distributed(_both_schedules, 2), strict=True)
-    assert list(plain) == [[(1, kinds[0]), (2, kinds[1])], [(3, kinds[2]), (4, kinds[3])]]
-    assert list(interleaved) == [[(1, kinds[0]), (3, kinds[2])], [(2, kinds[1]), (4, kinds[3])]]
+@pytest.fixture(scope="module")
+def stages():
+    """By virtual stages per rank, then by rank: (as built, after a switch)."""
+    return dict(zip((1, 2), zip(*run_distributed(_both_schedules, 2), strict=True), strict=True))
+
+
+# Layers counted from 1, as megatron-core does: two stages of two, or dealt out in turn when interleaved.
+@pytest.mark.parametrize("virtual, numbers", [(1, [(1, 2), (3, 4)]), (2, [(1, 3), (2, 4)])])
+def test_pipeline_stages_hold_and_switch_their_slice_of_the_plan(stages, virtual, numbers):
+    first, later = layer_plan(CONFIG.attention, MODEL.num_layers), layer_plan(NUMBERED, MODEL.num_layers, 3)
+    assert [(layer.kind[0], layer.top_k) for layer in later] == [("m", 2), ("m", 3), ("m", 4), ("f", 4)]
+    for rank, expected in enumerate(numbers):
+        built, switched = stages[virtual][rank]
+        assert built == [(number, first[number - 1]) for number in expected]
+        assert switched == [(number, later[number - 1]) for number in expected]
