@@ -92,7 +92,7 @@ def test_a_folder_loads_as_plain_full_attention_and_as_moba(family, tmp_path):
 
 @pytest.mark.parametrize("layers", [[MOBA] * 3, [MOBA, FULL, MOBA]], ids=["moba", "hybrid"])
 def test_decode_picks_and_logits_equal_prefills_at_every_position(layers, picks):
-    model, ids, first = build(layers), tokens(2, 70), 29
+    model, ids, first = build(layers), tokens(2, 45), 29
     with torch.no_grad():
         expected = model(ids).logits
     whole, num_moba = list(picks), len(picks)
@@ -100,22 +100,22 @@ def test_decode_picks_and_logits_equal_prefills_at_every_position(layers, picks)
     picks.clear()
     assert_close(step_by_step(model, ids, first), expected, torch.float32)
 
-    whole_BTHK = [p.view(2, 70, *p.shape[1:]) for p in whole]
+    whole_BTHK = [p.view(2, 45, *p.shape[1:]) for p in whole]
     stepwise = [picks[i::num_moba] for i in range(num_moba)]
     for expected_BTHK, (prefill, *decoded) in zip(whole_BTHK, stepwise, strict=True):
-        assert len(decoded) == 70 - first
+        assert len(decoded) == 45 - first
         # Ids number the blocks of the packed batch: row 1 begins where row 0 ends.
         offset = expected_BTHK[1, 0, 0, 0].item()
         expected_BTHK = expected_BTHK.clone()
         expected_BTHK[1] -= torch.where(expected_BTHK[1] < 0, 0, offset)
-        for length, made in [(first, prefill), *zip(range(first + 1, 71), decoded, strict=True)]:
+        for length, made in [(first, prefill), *zip(range(first + 1, 46), decoded, strict=True)]:
             made_BTHK = made.view(2, -1, *made.shape[1:]).clone()
             made_BTHK[1] -= torch.where(made_BTHK[1] < 0, 0, -(-length // 8))
             assert torch.equal(made_BTHK, expected_BTHK[:, length - made_BTHK.shape[1] : length]), length
 
 
 def test_full_decode_attends_to_everything():
-    model, ids, first = build([MOBA] * 3), tokens(1, 60), 40
+    model, ids, first = build([MOBA] * 3), tokens(1, 44), 36
     with torch.no_grad():
         expected = step_by_step(model, ids, first)
         hf.register(decode="full")
@@ -151,7 +151,7 @@ def test_generate_on_a_left_padded_batch_equals_each_row_alone(decode):
     hf.register(decode=decode)
     model, prompts = build([MOBA, MOBA, FULL]), [tokens(1, 45), tokens(1, 30, seed=1)]
     ids = torch.cat([prompts[0], torch.cat([torch.zeros(1, 15, dtype=torch.int64), prompts[1]], 1)])
-    options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    options = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     alone = [model.generate(p, attention_mask=torch.ones_like(p), **options)[0, p.shape[1] :] for p in prompts]
     together = model.generate(ids, attention_mask=(ids != 0).long(), **options)[:, 45:]
     assert torch.equal(together, torch.stack(alone))

@@ -14,7 +14,7 @@ from tests.helpers.training import corpus, losses, small_config
 
 # Rates at which two steps teach something, so that losses and margins are not all alike.
 FAST = ["optim.learning_rate=0.02", "optim.warmup_steps=0", "model.init_std=0.2"]
-LAYOUTS = {"tensor": ["parallel.tensor=2"], "pipeline": ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]}
+LAYOUT = ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]  # of the checkpoint that all tests open
 LENGTHS = (192, 256)
 
 
@@ -26,7 +26,7 @@ def _evaluate(root, name, *overrides):
 
     module.close = parallel_state.destroy_model_parallel
     arguments = module.EvaluateArguments(
-        checkpoint=str(root / "tensor"),
+        checkpoint=str(root / "run"),
         output=str(root / "evaluation" / name),
         overrides=overrides,
         lengths=LENGTHS,
@@ -40,11 +40,9 @@ def _evaluate(root, name, *overrides):
 
 
 def _two_ranks(rank, world_size, data, root):
-    for name, overrides in LAYOUTS.items():
-        losses(small_config(data, root / name, *FAST, *overrides), 2, save=True)
+    losses(small_config(data, root / "run", *FAST, *LAYOUT), 2, save=True)
     _evaluate(root, "data")
     _evaluate(root, "context", "parallel.context=2")
-    _evaluate(root, "ring", "parallel.context=2", "parallel.context_strategy=ring", "attention.pattern=moba")
 
 
 def _one_rank(rank, world_size, data, root):
@@ -56,34 +54,26 @@ def _one_rank(rank, world_size, data, root):
     from moba_train.train.setup import preflight, setup
     from moba_train.train.step import validate_model
 
-    found = {}
-    for name in LAYOUTS:
-        start = [f"checkpoint.load={root / name}", "checkpoint.load_weights_only=true"]
-        config = small_config(data, root / f"again-{name}", *FAST, *start)
-        preflight(config)
-        run = setup(config)
-        trained = {key: value.clone() for key, value in run.chunks[0].module.state_dict().items() if value is not None}
-        if name == "tensor":
-            found["validation"] = validate_model(run).loss
-            rows = [run.data.valid[i] for i in range(len(run.data.valid))]
-        parallel_state.destroy_model_parallel()
-        model = open_model(find_source(str(root / name), []))
-        opened = model.gpt.state_dict()
-        found[name] = all(torch.equal(opened[key], value) for key, value in trained.items() if hasattr(value, "shape"))
-        if name == "tensor":
-            scores = [score(model, row) for row in rows]
-            found["scored"] = float(sum(s.losses_R.double().sum() for s in scores) / sum(len(s.hits_R) for s in scores))
-            prompt = rows[0].tokens[:90].tolist()
-            answer = list(generate(model, prompt, max_tokens=6, sampler=Sampler()))
-            found["hits"] = []
-            for tokens in (answer, [*answer[:3], (answer[3] + 1) % 384, *answer[4:]]):
-                row = document_row(torch.tensor([*prompt, *tokens, 0]), first_loss=89, end_loss=95)
-                found["hits"].append(score(model, row).hits_R.tolist())
-        parallel_state.destroy_model_parallel()
+    start = [f"checkpoint.load={root / 'run'}", "checkpoint.load_weights_only=true"]
+    config = small_config(data, root / "again", *FAST, *start)
+    preflight(config)
+    run = setup(config)
+    validation, rows = validate_model(run).loss, [run.data.valid[i] for i in range(len(run.data.valid))]
+    parallel_state.destroy_model_parallel()
+
+    model = open_model(find_source(str(root / "run"), []))
+    scores = [score(model, row) for row in rows]
+    scored = float(sum(s.losses_R.double().sum() for s in scores) / sum(len(s.hits_R) for s in scores))
+    prompt = rows[0].tokens[:90].tolist()
+    answer = list(generate(model, prompt, max_tokens=6, sampler=Sampler()))
+    hits = []
+    for tokens in (answer, [*answer[:3], (answer[3] + 1) % 384, *answer[4:]]):
+        row = document_row(torch.tensor([*prompt, *tokens, 0]), first_loss=89, end_loss=95)
+        hits.append(score(model, row).hits_R.tolist())
+    parallel_state.destroy_model_parallel()
     _evaluate(root, "one")
-    _evaluate(root, "moba", "attention.pattern=moba")
     _evaluate(root, "scaled", "model.rope_scaling.rope_type=linear", "model.rope_scaling.factor=4")
-    return found
+    return {"validation": validation, "scored": scored, "hits": hits}
 
 
 @pytest.fixture(scope="module")
@@ -106,12 +96,7 @@ def report(root, name):
     return json.loads((root / "evaluation" / name / "evaluation.json").read_text())
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_weights_of_any_layout_are_opened_by_one_process(found, layout):
-    assert found[layout] is True
-
-
-def test_the_loss_is_that_of_validation_in_training(found):
+def test_the_loss_of_a_resharded_checkpoint_is_that_of_validation_in_training(found):
     assert found["scored"] == pytest.approx(found["validation"], rel=LOSS_RTOL)
 
 
@@ -122,15 +107,10 @@ def test_an_exact_match_is_what_greedy_decoding_would_write(found):
     assert wrong[3] is False
 
 
-@pytest.mark.parametrize("layout, same_as", [("data", "one"), ("context", "one"), ("ring", "moba")])
-def test_every_layout_measures_the_same(root, found, layout, same_as):
-    expected, actual = report(root, same_as), report(root, layout)
-    assert actual["layout"] == {
-        "tensor": 1,
-        "context": 1,
-        "data": 1,
-        **({"data": 2} if layout == "data" else {"context": 2}),
-    }
+@pytest.mark.parametrize("axis", ["data", "context"])
+def test_every_layout_measures_the_same(root, found, axis):
+    expected, actual = report(root, "one"), report(root, axis)
+    assert actual["layout"] == {"tensor": 1, "context": 1, "data": 1, axis: 2}
     for theirs, ours in zip(expected["loss_by_position"], actual["loss_by_position"], strict=True):
         assert (ours["length"], ours["documents"]) == (theirs["length"], theirs["documents"])
         assert ours["by_position"] == pytest.approx(theirs["by_position"], rel=LOSS_RTOL)
@@ -158,12 +138,12 @@ def test_a_report_says_what_was_asked_and_overrides_count(root, found):
     [
         ("nowhere", [], "no such folder"),
         ("data", [], "no checkpoint there"),
-        ("tensor", ["model.hidden_size=64"], "model.hidden_size=64"),
-        ("tensor", ["parallel.pipeline=2"], "every copy of the model is whole"),
-        ("tensor", ["parallel.context=2"], "world_size=1"),
-        ("tensor", ["model.hiden_size=64"], "did you mean model.hidden_size"),
-        ("tensor", ["hello"], "not in key=value form"),
-        ("tensor", ["attention.pattern=dense"], "attention.pattern='dense'"),
+        ("run", ["model.hidden_size=64"], "model.hidden_size=64"),
+        ("run", ["parallel.pipeline=2"], "every copy of the model is whole"),
+        ("run", ["parallel.context=2"], "world_size=1"),
+        ("run", ["model.hiden_size=64"], "did you mean model.hidden_size"),
+        ("run", ["hello"], "not in key=value form"),
+        ("run", ["attention.pattern=dense"], "attention.pattern='dense'"),
     ],
 )
 def test_what_cannot_be_opened_is_refused(root, found, checkpoint, overrides, said, monkeypatch):
@@ -189,5 +169,5 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_built(root, found
 
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with pytest.raises(ConfigError, match=said):
-        evaluate(EvaluateArguments(**{"checkpoint": str(root / "tensor"), "output": str(root / "none"), **options}))
+        evaluate(EvaluateArguments(**{"checkpoint": str(root / "run"), "output": str(root / "none"), **options}))
     assert not (root / "none").exists()

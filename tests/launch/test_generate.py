@@ -136,8 +136,13 @@ def test_several_processes_are_refused(folder, monkeypatch):
         generate_text(GenerateArguments(str(folder), "Hi"))
 
 
-def test_evaluate_says_in_one_line_what_is_wrong(folder):
-    result = run("launch/evaluate.py", str(folder), "parallel.context=2", "--output", str(folder / "never"))
-    assert result.returncode == 2
-    assert len(result.stderr.decode().splitlines()) == 1
-    assert "world_size=1" in result.stderr.decode()
+def test_evaluate_says_in_one_line_what_is_wrong(folder, capsys, monkeypatch):
+    from launch import evaluate
+
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    command = ["evaluate.py", str(folder), "--lengths", "64,128", "parallel.context=2", "--output", str(folder / "no")]
+    monkeypatch.setattr(sys, "argv", command)
+    assert evaluate.main() == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "world_size=1" in line
+    assert not (folder / "no").exists()
