@@ -20,6 +20,7 @@ Letters: B rows of the batch, T query columns, S key columns, H query heads, G k
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,8 +85,11 @@ def rows_of(batch_size: int, q_length: int, kv_length: int, real_BS: Tensor | No
     )
 
 
-def layer_of(moba: Any, index: int, count: int) -> dict[str, Any]:
-    """Entry `index` of the "moba" section of a config.json for `count` layers; ValueError where it is not sound."""
+def layer_of(moba: Any, index: int, count: int, options: Collection[str] = _SIZES) -> dict[str, Any]:
+    """Entry `index` of the "moba" section of a config.json for `count` layers.
+
+    ValueError where it is not sound, or sets something that is not in `options`.
+    """
     layers = moba.get("layers") if isinstance(moba, dict) else None
     if not isinstance(layers, list) or len(layers) != count:
         raise ValueError(
@@ -94,9 +98,11 @@ def layer_of(moba: Any, index: int, count: int) -> dict[str, Any]:
             "launch/convert.py core-to-hf have it in config.json"
         )
     layer = layers[index]
-    unknown = sorted(set(layer) - {"kind", *_SIZES}) if isinstance(layer, dict) else [repr(layer)]
+    if not isinstance(layer, dict):
+        raise ValueError(f"config.moba layer {index} is {layer!r}: give kind, block_size and top_k")
+    unknown = sorted(name for name in set(layer) - {"kind", *options} if layer[name])
     if unknown:
-        raise ValueError(f"config.moba layer {index} has {', '.join(unknown)}, which is not known here")
+        raise ValueError(f"config.moba layer {index} sets {', '.join(unknown)}, which is not known here")
     sizes = [layer.get(name) for name in _SIZES]
     sound = all(isinstance(size, int) and size >= 1 for size in sizes)
     if layer.get("kind") != "full" and not (layer.get("kind") == "moba" and sound):

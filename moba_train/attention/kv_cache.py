@@ -9,6 +9,8 @@ Letters: T new rows, S rows so far, C capacity, H query heads, G key heads, D he
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -55,19 +57,19 @@ class LayerCache:
             block_T = torch.arange(start, self.length, device=k_TGD.device) // self.block_size
             self._sums_NGD.index_add_(0, block_T, k_TGD.double())
 
-    def select(self, q_THD: Tensor, seq: SequenceInfo, *, top_k: int, backend: str = "auto") -> Tensor | None:
+    def select(self, q_THD: Tensor, seq: SequenceInfo, *, block_size: int, top_k: int, **options: Any) -> Tensor | None:
         """Picks of the queries from the cached means -> int32 [T, H, K], as `select_blocks` over all keys gives.
 
-        `seq` is one document of S rows with the queries' rows. None where top_k blocks cover the document: the op
-        answers with full attention then.
+        `seq` is one document of S rows with the queries' rows; `options` go to `select_from_means`. None where top_k
+        blocks cover the document: the op answers with full attention then.
         """
-        assert self.block_size is not None, "a cache of full attention keeps no block sums"
+        assert self.block_size == block_size, f"sums are of blocks of {self.block_size}, asked for {block_size}"
         assert seq.num_keys == self.length, (seq.num_keys, self.length)
-        if top_k * self.block_size >= self.length or self._sums_NGD is None:
+        if top_k * block_size >= self.length or self._sums_NGD is None:
             return None
-        sums_NGD = self._sums_NGD[: seq.blocks(self.block_size).num_blocks]
-        means_NGD = means_from_sums(sums_NGD, seq, self.block_size, self.keys.dtype)
-        return select_from_means(q_THD, means_NGD, seq, block_size=self.block_size, top_k=top_k, backend=backend)
+        sums_NGD = self._sums_NGD[: seq.blocks(block_size).num_blocks]
+        means_NGD = means_from_sums(sums_NGD, seq, block_size, self.keys.dtype)
+        return select_from_means(q_THD, means_NGD, seq, block_size=block_size, top_k=top_k, **options)
 
 
 def _with_room(old: Tensor | None, rows: int, reserve: int, like: Tensor, dtype: torch.dtype) -> Tensor:

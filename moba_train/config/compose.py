@@ -22,6 +22,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from moba_train.config.huggingface import parse_config, read_config
 from moba_train.config.schedule import resolve_schedule
 from moba_train.config.schema import ConfigError, RunConfig, from_dict, to_dict, unknown_key
 
@@ -103,7 +104,22 @@ def _ranks() -> tuple[int, int]:
 
 
 def _values(overrides: Sequence[str]) -> dict[str, Any]:
+    """The resolved values. Started from a Hugging Face folder, a run has the folder's model, unless `model=` names one;
+    the recipe's and the command line's own model.* values lie on top either way."""
     ConfigStore.instance().store(name="schema", node=OmegaConf.create(to_dict(RunConfig())))
+    values = _compose_values(overrides)
+    folder = values["checkpoint"]["init_from_hf"]
+    if folder is None or any(override.startswith("model=") for override in overrides):
+        return values
+    kept = Path(values["run"]["dir"] or "") / "hf"  # where a run keeps it, should the folder be gone by now
+    source = kept if kept.is_dir() and not Path(folder).is_dir() else folder
+    key = "checkpoint.init_from_hf"
+    model = parse_config(read_config(source, key), Path(folder).resolve().name, key)
+    ConfigStore.instance().store(group="model", name="from_hf", node=OmegaConf.create(to_dict(model)))
+    return _compose_values([*overrides, "model=from_hf"])
+
+
+def _compose_values(overrides: Sequence[str]) -> dict[str, Any]:
     try:
         with initialize_config_dir(str(RECIPES), version_base="1.3"):
             config = hydra_compose("config", overrides=[_quoted(override) for override in overrides])

@@ -15,7 +15,16 @@ from typing import Any
 
 from moba_train.config.schema import ConfigError, ModelConfig, RopeScaling, from_dict
 
-__all__ = ["FAMILIES", "ROPE_FIELDS", "Family", "check_rope", "parse_config", "read_config", "rope_parameters"]
+__all__ = [
+    "FAMILIES",
+    "ROPE_FIELDS",
+    "Family",
+    "check_rope",
+    "export_config",
+    "parse_config",
+    "read_config",
+    "rope_parameters",
+]
 
 
 @dataclass(frozen=True)
@@ -125,6 +134,38 @@ def parse_config(values: Mapping[str, Any], name: str, key: str) -> ModelConfig:
     )
 
 
+def export_config(
+    model: ModelConfig,
+    dtype: str,
+    plan: list[dict[str, Any]],
+    carried: Mapping[str, Any] | None = None,
+    eos_token_id: int | None = None,
+) -> dict[str, Any]:
+    """config.json's fields for a model, on top of those it was imported with; unchanged where nothing has changed.
+
+    plan: what each layer computes; with a MoBA layer in it, it becomes the section `moba`, which plain transformers
+    ignores. Rotary fields keep the spelling they came in; new ones are written as every version of transformers reads.
+    """
+    if carried is None:
+        config = _new_config(model, dtype, eos_token_id)
+    else:
+        config = dict(carried)
+        for name in ("dtype", "torch_dtype"):
+            if name in config:
+                config[name] = dtype
+        if model.max_position_embeddings is not None:
+            config["max_position_embeddings"] = model.max_position_embeddings
+        was = _parse_rope(carried, "config.json")
+        scaling = {name: value for name, value in dataclasses.asdict(model.rope_scaling).items() if value is not None}
+        if was != (model.rope_base, scaling):
+            config.update(_spelt_rope(model, new_spelling="rope_parameters" in carried))
+            config.pop("original_max_position_embeddings", None)
+    config.pop("moba", None)
+    if any(layer["kind"] == "moba" for layer in plan):
+        config["moba"] = {"layers": plan}
+    return config
+
+
 def rope_parameters(base: float, scaling: RopeScaling) -> dict[str, Any]:
     """`rope_parameters` as transformers 5 writes them: rope_theta, rope_type and the fields that are set."""
     fields = {name: value for name, value in dataclasses.asdict(scaling).items() if value is not None}
@@ -145,7 +186,7 @@ def check_rope(model: ModelConfig, key: str = "model.rope_scaling") -> None:
             raise ConfigError(f"{key}.{name}", value, f"rope_type={kind} does not use it; set it to null")
         if name == "factor" and value is not None and value < 1:
             raise ConfigError(f"{key}.{name}", value, "must be at least 1")
-        if isinstance(value, list) and (len(value) != model.head_dim // 2 or min(value) <= 0):
+        if isinstance(value, tuple) and (len(value) != model.head_dim // 2 or min(value) <= 0):
             remedy = f"needs a positive number for each of the {model.head_dim // 2} dimension pairs"
             raise ConfigError(f"{key}.{name}", value, remedy)
         if isinstance(value, (int, float)) and value is not False and value <= 0:
@@ -225,7 +266,49 @@ def _parse_rope(values: Mapping[str, Any], key: str) -> tuple[float, dict[str, A
             del fields[name]
         elif name not in (*needed, *optional):
             raise ConfigError(f"{key}: {where}.{name}", value, f"is no field of rope type {kind}; take it out")
+        elif isinstance(value, list):
+            fields[name] = tuple(value)
     for name in needed:
         if name not in fields:
             raise ConfigError(f"{key}: {where}.{name}", None, f"rope type {kind} needs it")
     return base, {"rope_type": kind, **fields}
+
+
+def _spelt_rope(model: ModelConfig, new_spelling: bool) -> dict[str, Any]:
+    fields = rope_parameters(model.rope_base, model.rope_scaling)
+    if new_spelling:
+        return {"rope_parameters": fields}
+    base = fields.pop("rope_theta")
+    return {"rope_theta": base, "rope_scaling": None if fields == {"rope_type": "default"} else fields}
+
+
+def _new_config(model: ModelConfig, dtype: str, eos_token_id: int | None) -> dict[str, Any]:
+    """config.json of a model that never was a Hugging Face folder."""
+    kinds = [kind for kind, f in FAMILIES.items() if (f.qkv_bias, f.qk_norm) == (model.qkv_bias, model.qk_norm)]
+    if not kinds:
+        raise ConfigError("model.qkv_bias", model.qkv_bias, "no Hugging Face family here has it together with qk_norm")
+    return {
+        "architectures": [FAMILIES[kinds[0]].architecture],
+        "model_type": kinds[0],
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.num_key_value_heads,
+        "head_dim": model.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": model.max_position_embeddings,
+        "rms_norm_eps": model.norm_epsilon,
+        "initializer_range": model.init_std,
+        "tie_word_embeddings": model.tie_embeddings,
+        "attention_dropout": 0.0,
+        "use_cache": True,
+        "bos_token_id": None,
+        "eos_token_id": eos_token_id,
+        "pad_token_id": None,
+        "torch_dtype": dtype,
+        **_spelt_rope(model, new_spelling=False),
+        **dict.fromkeys(FAMILIES[kinds[0]].refused, False),
+        **({"use_sliding_window": False} if "use_sliding_window" in FAMILIES[kinds[0]].defaults else {}),
+    }

@@ -61,8 +61,10 @@ class RopeScaling:
     mscale: float | None = None  # yarn
     mscale_all_dim: float | None = None  # yarn
     truncate: bool | None = None  # yarn; null: true
-    short_factor: list[float] | None = None  # longrope: a factor for each dimension pair
-    long_factor: list[float] | None = None  # longrope: the same, of inputs beyond original_max_position_embeddings
+    short_factor: tuple[float, ...] | None = None  # longrope: a factor for each dimension pair
+    long_factor: tuple[float, ...] | None = (
+        None  # longrope: the same, of inputs beyond original_max_position_embeddings
+    )
 
 
 @dataclass(frozen=True)
@@ -289,11 +291,6 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
             raise ConfigError(key, value, "expects a mapping")
         _, item = typing.get_args(hint)
         return {str(name): _convert(v, item, f"{key}.{name}") for name, v in value.items()}
-    if typing.get_origin(hint) is list:
-        if not isinstance(value, (list, tuple)):
-            raise ConfigError(key, value, "expects a list")
-        (item,) = typing.get_args(hint)
-        return [_convert(v, item, f"{key}[{index}]") for index, v in enumerate(value)]
     if typing.get_origin(hint) is tuple:  # tuple[X, ...]
         if not isinstance(value, (list, tuple)):
             raise ConfigError(key, value, "expects a list in brackets")

@@ -216,6 +216,12 @@ def _check_training(config: RunConfig) -> None:
         not config.checkpoint.load_weights_only or config.checkpoint.load is not None,
         "needs checkpoint.load=PATH",
     )
+    _require(
+        config,
+        "checkpoint.init_from_hf",
+        config.checkpoint.init_from_hf is None or config.checkpoint.load is None,
+        "checkpoint.load is given too; start from one of them",
+    )
 
 
 def _get(config: RunConfig, key: str) -> Any:

@@ -21,7 +21,6 @@ from moba_train import device as devices
 from moba_train import hf
 from moba_train.config.compose import with_overrides
 from moba_train.config.huggingface import read_config
-from moba_train.config.schedule import attention_of_phase
 from moba_train.config.schema import (
     AttentionConfig,
     CheckpointConfig,
@@ -35,6 +34,7 @@ from moba_train.config.schema import (
     from_dict,
 )
 from moba_train.config.validate import validate
+from moba_train.data.tokenizer import tokenizer_files
 from moba_train.model.build import build_gpt, transformer_config
 from moba_train.model.convert_hf import fill_model
 from moba_train.model.core_attention import RowParams, set_layer_plan
@@ -44,6 +44,7 @@ from moba_train.model.rope import Frequencies, inverse_frequencies
 from moba_train.parallel import groups as mesh
 from moba_train.parallel.seed import seed_everything
 from moba_train.train import checkpoint
+from moba_train.train.convert import CARRIED
 
 __all__ = [
     "Model",
@@ -58,6 +59,7 @@ __all__ = [
 ]
 
 _KEY = "checkpoint"
+_LAYER_FIELDS = tuple(field.name for field in dataclasses.fields(LayerAttention) if field.name != "kind")
 
 
 @dataclass(frozen=True)
@@ -97,20 +99,22 @@ def find_source(path: str, overrides: list[str]) -> Source:
     folder = Path(path)
     if not folder.is_dir():
         raise ConfigError(_KEY, path, "no such folder; give a run folder, a step folder or a Hugging Face folder")
-    if (folder / "config.json").is_file() and not (folder / checkpoint.METADATA).is_file():
+    if (folder / "config.json").is_file():
         return _hf_source(folder.resolve(), overrides)
-    folder = checkpoint.find(folder, key=_KEY).resolve()
+    folder = checkpoint.locate(folder, _KEY).resolve()
     metadata = checkpoint.read_metadata(folder)
     trained: RunConfig = from_dict(metadata.config)
     start = CheckpointConfig(load=str(folder), load_weights_only=True, resume=False)
-    attention = _attention_at(trained.attention, max(metadata.step - 1, 0))
+    count = trained.model.num_layers
+    plan = tuple(_layer(folder, {"layers": metadata.plan}, index, count) for index in range(count))
+    attention = _attention_of(plan, trained.attention)
     config = _for_asking(dataclasses.replace(trained, checkpoint=start, attention=attention), overrides)
     checkpoint.check(config)
     return Source(
         path=folder,
         config=config,
         plan=layer_plan(config.attention, config.model.num_layers),
-        trained_length=trained.train.sequence_length,
+        trained_length=trained.model.max_position_embeddings or trained.train.sequence_length,
         tokenizer=_tokenizer(folder, trained),
         step=metadata.step,
     )
@@ -175,7 +179,7 @@ def _hf_source(folder: Path, overrides: list[str]) -> Source:
     shape, tensors = load_hf_folder(folder, key=_KEY)
     moba = read_config(folder, _KEY).get("moba")
     plan = tuple(_layer(folder, moba, index, shape.num_layers) for index in range(shape.num_layers))
-    attention = _attention_of(plan)
+    attention = _attention_of(plan, AttentionConfig())
     precision = "bf16" if {info.dtype for info in tensors.infos.values()} == {"BF16"} else "fp32"
     length = shape.max_position_embeddings or RunConfig().train.sequence_length
     train = TrainConfig(sequence_length=length)
@@ -184,43 +188,42 @@ def _hf_source(folder: Path, overrides: list[str]) -> Source:
     )
     for key, theirs in dataclasses.asdict(shape).items():
         ours = getattr(config.model, key)
-        if key in checkpoint.SHAPE and ours != theirs:
+        if key in checkpoint.MODEL_SHAPE and ours != theirs:
             raise ConfigError(f"model.{key}", ours, f"the model in {folder} has {theirs}; leave it as it is")
     plan = layer_plan(config.attention, shape.num_layers)
-    has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
-    return Source(folder, config, plan, length, folder if has_tokenizer else None, tensors=tensors)
+    return Source(folder, config, plan, length, folder if tokenizer_files(folder) else None, tensors=tensors)
 
 
 def _layer(folder: Path, moba: Any, index: int, count: int) -> LayerAttention:
-    """A layer by the folder's config.json; all full where it does not speak of MoBA."""
+    """A layer by a folder's section `moba`; full where there is none."""
     if moba is None:
         return LayerAttention(LayerKind.FULL, 1, 1)
     try:
-        layer = hf.layer_of(moba, index, count)
+        layer = hf.layer_of(moba, index, count, options=_LAYER_FIELDS)
     except ValueError as error:
         raise ConfigError(_KEY, str(folder), str(error)) from None
-    return LayerAttention(LayerKind(layer["kind"]), layer.get("block_size", 1), layer.get("top_k", 1))
+    given = {name: layer[name] for name in _LAYER_FIELDS if name in layer}
+    return LayerAttention(LayerKind(layer["kind"]), **{"block_size": 1, "top_k": 1, **given})
 
 
-def _attention_of(plan: Plan) -> AttentionConfig:
-    """Settings that give `plan`, so that they can be changed like any others."""
+def _attention_of(plan: Plan, attention: AttentionConfig) -> AttentionConfig:
+    """`attention` with settings that give `plan`, so that they can be changed like any others, and no schedule."""
     first = next((layer for layer in plan if layer.kind is LayerKind.MOBA), plan[0])
     others = tuple(
         LayerOverride(layers=(index,), block_size=layer.block_size, top_k=layer.top_k)
         for index, layer in enumerate(plan)
         if layer.kind is LayerKind.MOBA and layer != first
     )
-    pattern = ",".join(layer.kind for layer in plan)
-    return AttentionConfig(pattern, first.block_size, first.top_k, overrides=others)
-
-
-def _attention_at(attention: AttentionConfig, step: int) -> AttentionConfig:
-    """What a schedule says for `step`, without the schedule: a change of it would otherwise be hidden by a phase."""
-    active = dataclasses.replace(attention, schedule=())
-    for phase in attention.schedule:
-        if phase.step is not None and phase.step <= step:
-            active = attention_of_phase(attention, phase)
-    return active
+    return dataclasses.replace(
+        attention,
+        pattern=",".join(layer.kind for layer in plan),
+        dense_first_layers=0,
+        dense_last_layers=0,
+        full_layers=(),
+        overrides=others,
+        schedule=(),
+        **{name: getattr(first, name) for name in _LAYER_FIELDS},
+    )
 
 
 def _for_asking(trained: RunConfig, overrides: list[str]) -> RunConfig:
@@ -244,7 +247,7 @@ def _for_asking(trained: RunConfig, overrides: list[str]) -> RunConfig:
 
 
 def _tokenizer(folder: Path, trained: RunConfig) -> Path | None:
-    """The tokenizer kept beside the weights, else the one of the data that the model was trained on."""
+    """The tokenizer carried from a Hugging Face folder, else the one of the data that the model was trained on."""
     data = [trained.data.path] if trained.data.path is not None else list(trained.data.blend or {})
-    candidates = [folder / "tokenizer", *(Path(path) / "tokenizer" for path in data)]
-    return next((path for path in candidates if path.is_dir()), None)
+    candidates = [folder.parent.parent / CARRIED, *(Path(path) / "tokenizer" for path in data)]
+    return next((path for path in candidates if tokenizer_files(path)), None)

@@ -92,15 +92,16 @@ class CoreAttention(MegatronModule):
         q_THD = rotate(query, *packed_seq_params.rotary)
         k_SGD = rotate(key, *packed_seq_params.rotary)
         options: dict[str, Any] = {"softmax_scale": self.softmax_scale, "backend": self.backends[self.layer.kind]}
+        routing = {"block_size": self.layer.block_size, "top_k": self.layer.top_k}
         if self.layer.kind is LayerKind.MOBA:
-            options |= {"block_size": self.layer.block_size, "top_k": self.layer.top_k}
+            options |= routing
         sequence = packed_seq_params.sequence
         if packed_seq_params.caches is not None:
             cache = packed_seq_params.caches[self.layer_number - 1]
             cache.append(k_SGD, value)
             k_SGD, value = cache.keys, cache.values
             if self.layer.kind is LayerKind.MOBA:
-                options["picks"] = cache.select(q_THD, sequence, top_k=self.layer.top_k, backend=options["backend"])
+                options["picks"] = cache.select(q_THD, sequence, backend=options["backend"], **routing)
         out_THD, _ = self.ops[self.layer.kind](q_THD, k_SGD, value, sequence, **options)
         return out_THD.reshape(out_THD.shape[0], -1)
 

@@ -39,10 +39,15 @@ class TensorInfo:
 
 
 class HFTensors:
-    """The tensors of a folder by Hugging Face's names. `read` gives one, mapped from its file."""
+    """The tensors of a folder by Hugging Face's names. `read` gives one, mapped from its file.
+
+    left_out: how many rotary tables the folder holds besides; they are computed from config.json.
+    """
 
     def __init__(self, folder: Path, infos: Mapping[str, TensorInfo]) -> None:
-        self.folder, self.infos = folder, infos
+        self.folder = folder
+        self.infos = {name: info for name, info in infos.items() if not name.endswith(_COMPUTED)}
+        self.left_out = len(infos) - len(self.infos)
         self._open: tuple[str, Any] | None = None
 
     def read(self, name: str) -> torch.Tensor:
@@ -69,8 +74,7 @@ def load_hf_folder(path: str | Path, key: str = "checkpoint.init_from_hf") -> tu
         raise ConfigError(key, str(path), "no such folder; give a local Hugging Face folder of a causal model")
     model = parse_config(read_config(folder, key), folder.resolve().name, key)
     check_rope(model, f"{key}: rope_parameters")
-    infos = _all_tensors(folder, key)
-    tensors = HFTensors(folder, {name: info for name, info in infos.items() if not name.endswith(_COMPUTED)})
+    tensors = HFTensors(folder, _all_tensors(folder, key))
     _check_tensors(tensors, model, key)
     return model, tensors
 

@@ -31,29 +31,33 @@ from megatron.core.utils import unwrap_model
 from moba_train.config.schedule import PLAN_KEYS
 from moba_train.config.schema import AttentionConfig, ConfigError, ModelConfig, RunConfig, to_dict
 from moba_train.model.layer_plan import layer_plan
+from moba_train.model.rope import describe_rope
 from moba_train.parallel.seed import load_random_state, random_state
 
 if TYPE_CHECKING:
     from moba_train.train.setup import Run
 
 __all__ = [
-    "METADATA",
-    "SHAPE",
+    "MODEL_SHAPE",
     "CheckpointError",
     "Metadata",
     "check",
-    "find",
+    "check_files",
     "find_start",
     "load_weights",
+    "locate",
+    "manifest_of",
+    "point_latest",
     "read_metadata",
     "restore",
     "save",
+    "write_metadata",
 ]
 
 _LOG = logging.getLogger(__name__)
-METADATA = "moba_train.json"
+_METADATA = "moba_train.json"
 # What must be equal for a checkpoint's weights to fit; rope, init and implementation may change.
-SHAPE = [
+MODEL_SHAPE = [
     "num_layers",
     "hidden_size",
     "ffn_hidden_size",
@@ -82,6 +86,8 @@ class Metadata:
     plan: list[dict[str, Any]]
     world_size: int
     manifest: dict[str, list[int]]
+    rope: str = ""  # the effective base and scale, as the log says them
+    weights_only: bool = False  # no optimizer, schedule or data position: a converted checkpoint
 
 
 def find_start(config: RunConfig) -> Path | None:
@@ -90,19 +96,20 @@ def find_start(config: RunConfig) -> Path | None:
         own = _latest(Path(config.run.dir) / "checkpoints")
         if own is not None:
             return own
-    return None if config.checkpoint.load is None else find(config.checkpoint.load)
+    if config.checkpoint.load is None:
+        return None
+    return locate(Path(config.checkpoint.load), "checkpoint.load")
 
 
-def find(path: str | Path, key: str = "checkpoint.load") -> Path:
-    """The checkpoint that a run folder, its checkpoints folder or a step folder stands for; ConfigError about `key`."""
-    path = Path(path)
+def locate(path: Path, key: str) -> Path:
+    """The step folder that `path` means: itself, or the latest of a run or checkpoints folder; else ConfigError."""
     for folder in (path / "checkpoints", path):
         if (found := _latest(folder)) is not None:
             return found
-    if (path / METADATA).is_file():
+    if (path / _METADATA).is_file():
         return path
     raise ConfigError(
-        key, str(path), "no checkpoint there; give a run folder, its checkpoints folder, or a step folder"
+        key, str(path), "no checkpoint there; give a run folder, its checkpoints folder, or one step folder"
     )
 
 
@@ -112,13 +119,9 @@ def check(config: RunConfig) -> None:
     if path is None:
         return
     metadata = read_metadata(path)
-    for name, (size, _) in metadata.manifest.items():
-        file = path / name
-        if not file.is_file() or file.stat().st_size != size:
-            found = f"{file.stat().st_size} bytes" if file.is_file() else "missing"
-            raise _corrupt(path, f"{name} should have {size} bytes and is {found}")
+    check_files(path, metadata)
     _check_position(config, path, metadata)
-    for key in SHAPE:
+    for key in MODEL_SHAPE:
         # A checkpoint from before a key existed has its default.
         theirs = metadata.config["model"].get(key, getattr(ModelConfig, key))
         ours = getattr(config.model, key)
@@ -130,9 +133,35 @@ def check(config: RunConfig) -> None:
             )
 
 
+def check_files(path: Path, metadata: Metadata, contents: bool = False) -> None:
+    """CheckpointError for the first file that is missing or of another size; with `contents`, of another checksum."""
+    for name, (size, checksum) in metadata.manifest.items():
+        file = path / name
+        if not file.is_file() or file.stat().st_size != size:
+            found = f"{file.stat().st_size} bytes" if file.is_file() else "missing"
+            raise _corrupt(path, f"{name} should have {size} bytes and is {found}")
+        if contents and _checksum(file) != [size, checksum]:
+            raise _corrupt(path, f"{name} is not the file that was saved (its checksum differs)")
+
+
+def write_metadata(folder: Path, metadata: Metadata) -> None:
+    """Write moba_train.json of a checkpoint folder, whole or not at all."""
+    _write_durably(folder / _METADATA, json.dumps(asdict(metadata), indent=1))
+
+
+def manifest_of(folder: Path) -> dict[str, list[int]]:
+    """[size, CRC-32] of every file in `folder`."""
+    return {file.name: _checksum(file) for file in sorted(folder.iterdir())}
+
+
 def _check_position(config: RunConfig, path: Path, metadata: Metadata) -> None:
     """A full load takes over optimizer and data position: what they depend on must be the checkpoint's."""
     own = config.run.dir is not None and path.is_relative_to(Path(config.run.dir))
+    if metadata.weights_only and (own or not config.checkpoint.load_weights_only):
+        what = f"{path} was converted and holds weights alone: "
+        raise ConfigError(
+            "checkpoint.load_weights_only", False, what + "set it to true, with checkpoint.load, in another run.dir"
+        )
     if config.checkpoint.load_weights_only and not own:
         return
     fresh = "use it, or start from the weights alone: checkpoint.load_weights_only=true with checkpoint.load"
@@ -149,9 +178,9 @@ def _check_position(config: RunConfig, path: Path, metadata: Metadata) -> None:
 def read_metadata(path: Path) -> Metadata:
     """moba_train.json of a checkpoint folder; CheckpointError when it is missing or damaged."""
     try:
-        return Metadata(**json.loads((path / METADATA).read_text()))
+        return Metadata(**json.loads((path / _METADATA).read_text()))
     except (OSError, ValueError, TypeError) as error:
-        raise _corrupt(path, f"{METADATA}: {error}") from None
+        raise _corrupt(path, f"{_METADATA}: {error}") from None
 
 
 def save(run: Run) -> Path:
@@ -184,12 +213,13 @@ def save(run: Run) -> Path:
             plan=[asdict(layer) for layer in layer_plan(run.config.attention, run.config.model.num_layers, run.step)],
             world_size=run.groups.world_size,
             manifest=manifest,
+            rope=describe_rope(run.config.model, run.config.train.sequence_length),
         )
-        _write_durably(partial / METADATA, json.dumps(asdict(metadata), indent=1))
+        write_metadata(partial, metadata)
         if final.exists():  # the same step saved before: out of the way first, removed last
             final.rename(final.with_suffix(".replaced.partial"))
         partial.rename(final)
-        _write_durably(root / "latest", final.name)
+        point_latest(final)
         # Later steps are left from a run that was started over; only what is older than this one ages.
         older = [path for path in _complete(root) if path.name < final.name]
         for old in older[: len(older) - (run.config.checkpoint.keep_last - 1)]:
@@ -198,11 +228,12 @@ def save(run: Run) -> Path:
     return final
 
 
-def restore(run: Run) -> None:
-    """Load the checkpoint this run starts from, if any, into its model, optimizer, schedule, data and random state."""
+def restore(run: Run) -> bool:
+    """Load the checkpoint this run starts from into its model, optimizer, schedule, data and random state; False where
+    there is none."""
     path = find_start(run.config)
     if path is None:
-        return
+        return False
     metadata = read_metadata(path)
     _verify(path, metadata)
     own = path.is_relative_to(run.folder)
@@ -214,7 +245,7 @@ def restore(run: Run) -> None:
         unwrap_model(chunk).load_state_dict(state[_chunk_key(run, index)], strict=True)
     if weights_only:
         run.optimizer.reload_model_params()
-        return
+        return True
     run.optimizer.load_state_dict(state["optimizer"])
     run.scheduler.load_state_dict(state["scheduler"])
     run.loader.load_state_dict(metadata.data)
@@ -226,15 +257,7 @@ def restore(run: Run) -> None:
         _LOG.info(
             "Another layout than the checkpoint's: random state starts afresh (nothing in these models draws from it)."
         )
-
-
-def _tell_other_plan(config: RunConfig, metadata: Metadata) -> None:
-    """Layer plan and schedule may change on resume; what changed is said."""
-    defaults, ours = to_dict(AttentionConfig()), json.loads(json.dumps(to_dict(config.attention)))
-    for key in (*PLAN_KEYS, "schedule"):
-        theirs = metadata.config["attention"].get(key, defaults[key])
-        if list(theirs) != ours[key] if isinstance(ours[key], list) else theirs != ours[key]:
-            _LOG.info("attention.%s was %s until step %d and is now %s", key, theirs, metadata.step, ours[key])
+    return True
 
 
 def load_weights(path: Path, model: MegatronModule, data_context: dist.ProcessGroup) -> None:
@@ -248,6 +271,20 @@ def _verify(path: Path, metadata: Metadata) -> None:
     for name, found in _gather_checksums(path, sorted(metadata.manifest)).items():
         if found != metadata.manifest[name]:
             raise _corrupt(path, f"{name} is not the file that was saved (its checksum differs)")
+
+
+def point_latest(folder: Path) -> None:
+    """Make the step folder the latest of its checkpoints folder."""
+    _write_durably(folder.parent / "latest", folder.name)
+
+
+def _tell_other_plan(config: RunConfig, metadata: Metadata) -> None:
+    """Layer plan and schedule may change on resume; what changed is said."""
+    defaults, ours = to_dict(AttentionConfig()), json.loads(json.dumps(to_dict(config.attention)))
+    for key in (*PLAN_KEYS, "schedule"):
+        theirs = metadata.config["attention"].get(key, defaults[key])
+        if list(theirs) != ours[key] if isinstance(ours[key], list) else theirs != ours[key]:
+            _LOG.info("attention.%s was %s until step %d and is now %s", key, theirs, metadata.step, ours[key])
 
 
 @contextlib.contextmanager

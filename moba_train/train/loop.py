@@ -15,6 +15,7 @@ from moba_train import device as devices
 from moba_train.config.schema import RunConfig
 from moba_train.data.info import dataset_info
 from moba_train.model.layer_plan import describe, layer_plan, plan_phases
+from moba_train.model.rope import describe_rope
 from moba_train.train import checkpoint
 from moba_train.train.dry_run import print_plan
 from moba_train.train.metrics import Metrics, read_metrics
@@ -162,6 +163,7 @@ def _announce(run: Run, metrics: Metrics) -> None:
     for step, later in phases:
         if step > run.step:
             metrics.say(f"  after step {step}: {describe(later)}")
+    metrics.say(f"rotary embedding: {describe_rope(config.model, config.train.sequence_length)}")
     if run.step:
         metrics.say(f"going on from step {run.step}")
 

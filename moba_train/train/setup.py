@@ -29,6 +29,7 @@ from moba_train.model.rope import Frequencies, inverse_frequencies
 from moba_train.parallel import groups as mesh
 from moba_train.parallel.seed import seed_everything
 from moba_train.train import checkpoint
+from moba_train.train.hf_start import carry_over, check_hf_start, load_hf_start
 from moba_train.train.optimizer import build_optimizer, build_scheduler
 
 __all__ = ["Run", "close", "preflight", "setup"]
@@ -74,6 +75,7 @@ def preflight(config: RunConfig) -> int:
         check_data(config.data, vocab_size=config.model.vocab_size, sequence_length=config.train.sequence_length)
         _check_machine(config)
         checkpoint.check(config)
+        check_hf_start(config)
     return world_size
 
 
@@ -125,7 +127,10 @@ def setup(config: RunConfig) -> Run:
         loader=Loader(data.train, global_batch_size=batch, dp_rank=groups.data.rank, dp_size=groups.data.size),
         frequencies=inverse_frequencies(config.model, config.train.sequence_length).to(device),
     )
-    checkpoint.restore(run)
+    if checkpoint.restore(run):
+        carry_over(run)
+    elif config.checkpoint.init_from_hf is not None:
+        load_hf_start(run)
     return run
 
 

@@ -46,7 +46,7 @@ def test_picks_are_exactly_those_of_all_queries(chunks, heads, key_heads):
         rows = torch.arange(row, row + size)
         cache.append(k_SGD[rows], k_SGD[rows])
         row += size
-        picks = cache.select(q_THD[rows], SequenceInfo([0, row], q_positions=rows), top_k=TOP_K)
+        picks = cache.select(q_THD[rows], SequenceInfo([0, row], q_positions=rows), block_size=BLOCK, top_k=TOP_K)
         if row <= TOP_K * BLOCK:
             assert picks is None  # every block is picked: full attention
         else:
@@ -58,5 +58,5 @@ def test_a_full_layer_keeps_no_sums():
     k_SGD = draw(5, 2, torch.float32, 0)
     cache.append(k_SGD, k_SGD)
     assert (cache.length, cache._sums_NGD) == (5, None)
-    with pytest.raises(AssertionError, match="no block sums"):
-        cache.select(k_SGD, SequenceInfo([0, 5]), top_k=2)
+    with pytest.raises(AssertionError, match="blocks of None"):
+        cache.select(k_SGD, SequenceInfo([0, 5]), block_size=BLOCK, top_k=2)
