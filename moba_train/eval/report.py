@@ -15,7 +15,7 @@ from moba_train.eval.position_loss import PositionLoss
 
 __all__ = ["draw", "print_tables"]
 
-_COLUMNS = 8  # of the table of losses; the picture and the JSON have every bucket
+_PARTS = 8  # in the table of losses; the picture and the JSON have every bucket
 
 
 def print_tables(title: str, losses: Sequence[PositionLoss], cells: Sequence[Cell]) -> None:
@@ -23,17 +23,18 @@ def print_tables(title: str, losses: Sequence[PositionLoss], cells: Sequence[Cel
     console = Console()
     if losses:
         table = Table(title=f"{title}: loss by position, nats per token", title_justify="left")
-        for name in ("length", "documents", "all", *(f"{i + 1}/{_COLUMNS}" for i in range(_COLUMNS))):
-            table.add_column(name, justify="right")
-        for loss in losses:
-            parts = [f"{value:.3f}" for value in _coarse(loss.by_position)]
-            table.add_row(f"{loss.length:,}", str(loss.documents), f"{loss.loss:.4f}", *parts)
+        for heading in ("part of the length", *(f"{loss.length:,}" for loss in losses)):
+            table.add_column(heading, justify="right", no_wrap=True)
+        table.add_row("documents", *(str(loss.documents) for loss in losses))
+        table.add_row("all", *(f"{loss.loss:.4f}" for loss in losses), end_section=True)
+        for part, row in enumerate(zip(*(_coarse(loss.by_position) for loss in losses), strict=True), start=1):
+            table.add_row(f"{part}/{_PARTS}", *(f"{value:.4f}" for value in row))
         console.print(table)
     for name, show in _measures(cells):
         depths = sorted({cell.depth for cell in cells})
         table = Table(title=f"{title}: passkey, {name}", title_justify="left")
         for heading in ("length", *(f"depth {depth:g}" for depth in depths)):
-            table.add_column(heading, justify="right")
+            table.add_column(heading, justify="right", no_wrap=True)
         for length in sorted({cell.length for cell in cells}):
             table.add_row(f"{length:,}", *(show(_at(cells, length, depth)) for depth in depths))
         console.print(table)
@@ -73,7 +74,7 @@ def _heat_map(title: str, cells: Sequence[Cell]) -> Figure:
     figure.suptitle(title)
     for axes, (name, value) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         grid = [[value(_at(cells, length, depth)) for length in lengths] for depth in depths]
-        axes.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+        axes.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", alpha=0.7, aspect="auto")
         axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], rotation=30)
         axes.set_yticks(range(len(depths)), [f"{depth:g}" for depth in depths])
         axes.set(xlabel="length (tokens)", ylabel="depth", title=name)
@@ -88,8 +89,8 @@ def _measures(cells: Sequence[Cell]) -> list[tuple[str, Callable[[Cell], str]]]:
         return []
     measures: list[tuple[str, Callable[[Cell], str]]] = [("exact match", lambda cell: f"{cell.exact:.0%}")]
     if cells[0].margin is not None:
-        name = "key preferred to distractors (mean margin, nats)"
-        measures.append((name, lambda cell: f"{cell.preferred:.0%} ({cell.margin:+.2f})"))
+        name = "key preferred to distractors, mean margin in nats"
+        measures.append((name, lambda cell: f"{cell.preferred:.0%} {cell.margin:+.2f}"))
     return measures
 
 
@@ -98,7 +99,7 @@ def _at(cells: Sequence[Cell], length: int, depth: float) -> Cell:
 
 
 def _coarse(values: Sequence[float]) -> list[float]:
-    """The values in `_COLUMNS` runs of neighbours, each run's mean; nan where there are too few for a run."""
-    bounds = [i * len(values) // _COLUMNS for i in range(_COLUMNS + 1)]
+    """The values in `_PARTS` runs of neighbours, each run's mean; nan where there are too few for a run."""
+    bounds = [i * len(values) // _PARTS for i in range(_PARTS + 1)]
     runs = [values[start:end] for start, end in pairwise(bounds)]
     return [sum(run) / len(run) if run else float("nan") for run in runs]
