@@ -20,7 +20,6 @@ Letters: B rows of the batch, T query columns, S key columns, H query heads, G k
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +33,7 @@ __all__ = ["NAME", "Rows", "layer_of", "register", "rows_of"]
 NAME = "moba"
 _DECODE = ("moba", "full")
 _SIZES = ("block_size", "top_k")
+_ROUTING = (*_SIZES, "force_previous_block", "share_picks_in_group")
 _REFUSED = ("sliding_window", "softcap", "s_aux", "dropout")
 _settings = {"decode": "moba"}
 
@@ -85,10 +85,10 @@ def rows_of(batch_size: int, q_length: int, kv_length: int, real_BS: Tensor | No
     )
 
 
-def layer_of(moba: Any, index: int, count: int, options: Collection[str] = _SIZES) -> dict[str, Any]:
+def layer_of(moba: Any, index: int, count: int) -> dict[str, Any]:
     """Entry `index` of the "moba" section of a config.json for `count` layers.
 
-    ValueError where it is not sound, or sets something that is not in `options`.
+    ValueError where it is not sound, or sets something that is not known here.
     """
     layers = moba.get("layers") if isinstance(moba, dict) else None
     if not isinstance(layers, list) or len(layers) != count:
@@ -100,7 +100,7 @@ def layer_of(moba: Any, index: int, count: int, options: Collection[str] = _SIZE
     layer = layers[index]
     if not isinstance(layer, dict):
         raise ValueError(f"config.moba layer {index} is {layer!r}: give kind, block_size and top_k")
-    unknown = sorted(name for name in set(layer) - {"kind", *options} if layer[name])
+    unknown = sorted(name for name in set(layer) - {"kind", *_ROUTING} if layer[name])
     if unknown:
         raise ValueError(f"config.moba layer {index} sets {', '.join(unknown)}, which is not known here")
     sizes = [layer.get(name) for name in _SIZES]
@@ -163,8 +163,7 @@ def _attention(
     else:
         out_THD, _ = moba_attention(
             *(q_THD, k_SGD, v_SGD, rows.sequence),
-            block_size=layer["block_size"],
-            top_k=layer["top_k"],
+            **{name: layer[name] for name in _ROUTING if name in layer},
             softmax_scale=scaling,
         )
     if rows.query_index is not None:

@@ -30,6 +30,7 @@ class LayerCache:
         self._keys_CGD: Tensor | None = None
         self._values_CGD: Tensor | None = None
         self._sums_NGD: Tensor | None = None
+        self._recent: Tensor | None = None
 
     @property
     def keys(self) -> Tensor:
@@ -56,6 +57,18 @@ class LayerCache:
             self._sums_NGD = _with_room(self._sums_NGD, blocks, reserve, k_TGD, torch.float64)
             block_T = torch.arange(start, self.length, device=k_TGD.device) // self.block_size
             self._sums_NGD.index_add_(0, block_T, k_TGD.double())
+
+    @torch.no_grad()
+    def with_recent(self, raw_TGD: Tensor, reach: int) -> tuple[Tensor, SequenceInfo]:
+        """The next rows before a key convolution, behind the last `reach` raw ones -> held keys, and where they are.
+
+        Comes before `append`; the last `reach` rows are kept for the next call.
+        """
+        held = raw_TGD if self._recent is None else torch.cat([self._recent, raw_TGD])
+        total = self.length + raw_TGD.shape[0]
+        self._recent = held[max(0, held.shape[0] - reach) :].clone()
+        held_rows = torch.arange(total - held.shape[0], total)
+        return held, SequenceInfo([0, total], torch.arange(self.length, total), held_rows)
 
     def select(self, q_THD: Tensor, seq: SequenceInfo, *, block_size: int, top_k: int, **options: Any) -> Tensor | None:
         """Picks of the queries from the cached means -> int32 [T, H, K], as `select_blocks` over all keys gives.

@@ -131,6 +131,9 @@ class AttentionConfig:
     full_layers: tuple[int, ...] = ()  # layers, numbered from 0, that are full whatever the pattern says
     overrides: tuple[LayerOverride, ...] = ()
     schedule: tuple[AttentionPhase, ...] = ()  # before the first phase begins, the keys above alone hold
+    force_previous_block: bool = False  # the block before a query's own is always picked, as one of top_k
+    share_picks_in_group: bool = False  # the query heads of a key head pick together, by their mean query
+    key_conv: int = 0  # width of a causal convolution on the keys of every layer (model/key_conv.py); 0: none
     backend: str = "auto"  # of MoBA layers: auto | reference | portable | triton
     full_backend: str = "auto"  # of full layers: auto | reference | sdpa | triton
 

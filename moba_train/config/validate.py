@@ -36,8 +36,8 @@ _AT_LEAST = {
         "metrics.position_buckets"
     ),
     0: (
-        "attention.dense_first_layers attention.dense_last_layers train.validate_every checkpoint.save_every "
-        "optim.warmup_steps optim.weight_decay optim.clip_grad optim.min_learning_rate"
+        "attention.dense_first_layers attention.dense_last_layers attention.key_conv train.validate_every "
+        "checkpoint.save_every optim.warmup_steps optim.weight_decay optim.clip_grad optim.min_learning_rate"
     ),
 }
 

@@ -107,7 +107,7 @@ def find_source(path: str, overrides: list[str]) -> Source:
     start = CheckpointConfig(load=str(folder), load_weights_only=True, resume=False)
     count = trained.model.num_layers
     plan = tuple(_layer(folder, {"layers": metadata.plan}, index, count) for index in range(count))
-    attention = _attention_of(plan, trained.attention)
+    attention = _attention_of(folder, plan, trained.attention)
     config = _for_asking(dataclasses.replace(trained, checkpoint=start, attention=attention), overrides)
     checkpoint.check(config)
     return Source(
@@ -179,7 +179,7 @@ def _hf_source(folder: Path, overrides: list[str]) -> Source:
     shape, tensors = load_hf_folder(folder, key=_KEY)
     moba = read_config(folder, _KEY).get("moba")
     plan = tuple(_layer(folder, moba, index, shape.num_layers) for index in range(shape.num_layers))
-    attention = _attention_of(plan, AttentionConfig())
+    attention = _attention_of(folder, plan, AttentionConfig())
     precision = "bf16" if {info.dtype for info in tensors.infos.values()} == {"BF16"} else "fp32"
     length = shape.max_position_embeddings or RunConfig().train.sequence_length
     train = TrainConfig(sequence_length=length)
@@ -199,14 +199,14 @@ def _layer(folder: Path, moba: Any, index: int, count: int) -> LayerAttention:
     if moba is None:
         return LayerAttention(LayerKind.FULL, 1, 1)
     try:
-        layer = hf.layer_of(moba, index, count, options=_LAYER_FIELDS)
+        layer = hf.layer_of(moba, index, count)
     except ValueError as error:
         raise ConfigError(_KEY, str(folder), str(error)) from None
     given = {name: layer[name] for name in _LAYER_FIELDS if name in layer}
     return LayerAttention(LayerKind(layer["kind"]), **{"block_size": 1, "top_k": 1, **given})
 
 
-def _attention_of(plan: Plan, attention: AttentionConfig) -> AttentionConfig:
+def _attention_of(folder: Path, plan: Plan, attention: AttentionConfig) -> AttentionConfig:
     """`attention` with settings that give `plan`, so that they can be changed like any others, and no schedule."""
     first = next((layer for layer in plan if layer.kind is LayerKind.MOBA), plan[0])
     others = tuple(
@@ -214,7 +214,7 @@ def _attention_of(plan: Plan, attention: AttentionConfig) -> AttentionConfig:
         for index, layer in enumerate(plan)
         if layer.kind is LayerKind.MOBA and layer != first
     )
-    return dataclasses.replace(
+    attention = dataclasses.replace(
         attention,
         pattern=",".join(layer.kind for layer in plan),
         dense_first_layers=0,
@@ -224,6 +224,11 @@ def _attention_of(plan: Plan, attention: AttentionConfig) -> AttentionConfig:
         schedule=(),
         **{name: getattr(first, name) for name in _LAYER_FIELDS},
     )
+    said = layer_plan(attention, len(plan))
+    if any(layer != other for layer, other in zip(plan, said, strict=True) if layer.kind is LayerKind.MOBA):
+        remedy = "its MoBA layers differ in more than block size and top-k, which is not served: make them alike"
+        raise ConfigError(_KEY, str(folder), remedy)
+    return attention
 
 
 def _for_asking(trained: RunConfig, overrides: list[str]) -> RunConfig:
@@ -232,6 +237,9 @@ def _for_asking(trained: RunConfig, overrides: list[str]) -> RunConfig:
         trained, parallel=ParallelConfig(), run=RunDirConfig(), wandb=WandbConfig(), dry_run=False, world_size=None
     )
     config = with_overrides(plain, overrides)
+    if config.attention.key_conv != trained.attention.key_conv:
+        remedy = f"the model has a key convolution of width {trained.attention.key_conv}; leave it as it is"
+        raise ConfigError("attention.key_conv", config.attention.key_conv, remedy)
     for key in ("pipeline", "virtual_pipeline"):
         if getattr(config.parallel, key) != 1:
             remedy = "every copy of the model is whole here; spread it with parallel.tensor and parallel.context"

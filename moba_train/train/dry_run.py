@@ -46,7 +46,7 @@ def print_plan(config: RunConfig, world_size: int) -> None:
             ("micro-batches per step and rank", train.global_batch_size // dp),
             ("tokens per step", tokens),
             ("tokens in all", tokens * train.steps),
-            ("parameters", parameter_count(model)),
+            ("parameters", parameter_count(model, config.attention.key_conv)),
             ("FLOPs per token, forward and backward", f"{flops:.4g}" + (", mean over training" if ends[1:] else "")),
             ("  of these in matrix products", f"{3 * matmul_flops_per_token(model):.4g}"),
             ("  if every layer were full", f"{dense:.4g} ({dense / flops:.2f} x)"),

@@ -21,11 +21,18 @@ MODEL = ModelConfig(
     vocab_size=64,
     init_std=0.3,  # far from uniform: a wrong block would change tokens
 )
-CASES = {"moba": ("moba", 2), "hybrid": ("moba*2,full", 1), "full": ("full", 4)}  # pattern, key heads of 4
+# Attention, and key heads of the 4 query heads.
+GATE = {"force_previous_block": True, "share_picks_in_group": True, "key_conv": 3}
+CASES = {
+    "moba": ({"pattern": "moba"}, 2),
+    "hybrid": ({"pattern": "moba*2,full"}, 1),
+    "full": ({"pattern": "full"}, 4),
+    "gate options": ({"pattern": "moba,full", **GATE}, 2),
+}
 PROMPT, NEW, CHUNKS = [(7 * i * i + 3) % 64 for i in range(61)], 16, (7, 33, 61)
 
 
-def _model(pattern, key_heads):
+def _model(attention, key_heads):
     from moba_train import device as devices
     from moba_train.eval.model import Model
     from moba_train.model.build import build_gpt, transformer_config
@@ -37,7 +44,7 @@ def _model(pattern, key_heads):
     config = RunConfig(
         precision="fp32",
         model=dataclasses.replace(MODEL, num_key_value_heads=key_heads),
-        attention=AttentionConfig(pattern=pattern, block_size=8, top_k=3),
+        attention=AttentionConfig(block_size=8, top_k=3, **attention),
         train=TrainConfig(sequence_length=64),
     )
     devices.prepare()
@@ -45,6 +52,9 @@ def _model(pattern, key_heads):
     groups = mesh.initialize(config.parallel, devices.collective_backend(), device)
     seed_everything(1, 0)
     gpt = build_gpt(config, transformer_config(config, device), groups, device).eval()
+    for name, weight in gpt.named_parameters():
+        if "key_conv" in name:  # not the identity it starts as
+            torch.nn.init.normal_(weight, std=0.5)
     plan = layer_plan(config.attention, config.model.num_layers)
     return Model(config, groups, device, gpt, plan, inverse_frequencies(config.model).to(device))
 
@@ -76,8 +86,8 @@ def _generations(rank, world_size):
     from moba_train.eval.generation import Sampler, generate, new_caches, next_logits
 
     found = {}
-    for name, (pattern, key_heads) in CASES.items():
-        model = _model(pattern, key_heads)
+    for name, (attention, key_heads) in CASES.items():
+        model = _model(attention, key_heads)
 
         def text(sampler=None, model=model, **options):
             return list(generate(model, PROMPT, **{"max_tokens": NEW, "sampler": sampler or Sampler(), **options}))

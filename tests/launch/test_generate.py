@@ -17,10 +17,11 @@ from moba_train.eval.text import GenerateArguments, generate_text, prompt_ids, w
 from tests.helpers.training import corpus
 
 ROOT = Path(__file__).resolve().parents[2]
+GATE = {"force_previous_block": True, "share_picks_in_group": True}
 LAYERS = [
-    {"kind": "moba", "block_size": 16, "top_k": 2},
+    {"kind": "moba", "block_size": 16, "top_k": 2, **GATE},
     {"kind": "full"},
-    {"kind": "moba", "block_size": 8, "top_k": 3},
+    {"kind": "moba", "block_size": 8, "top_k": 3, **GATE},
 ]
 TEMPLATE = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[me]{% endif %}"
