@@ -9,15 +9,10 @@ and CRC-32 of every file), so that a truncated or altered file is named before a
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import json
 import logging
-import os
 import shutil
-import signal
-import zlib
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import unwrap_model
 
 from moba_train.config.schedule import PLAN_KEYS
@@ -33,6 +29,7 @@ from moba_train.model.key_conv import KEY_CONV_PREFIX
 from moba_train.model.layer_plan import layer_plan
 from moba_train.model.rope import describe_rope
 from moba_train.parallel.seed import load_random_state, random_state
+from moba_train.train.files import checksum, gather_checksums, signals_held, write_durably
 
 if TYPE_CHECKING:
     from moba_train.train.setup import Run
@@ -44,6 +41,7 @@ __all__ = [
     "check",
     "check_files",
     "find_start",
+    "load_weights",
     "locate",
     "manifest_of",
     "point_latest",
@@ -142,6 +140,27 @@ def check(config: RunConfig) -> None:
             )
 
 
+def check_files(path: Path, metadata: Metadata, contents: bool = False) -> None:
+    """CheckpointError for the first file that is missing or of another size; with `contents`, of another checksum."""
+    for name, saved in metadata.manifest.items():
+        file = path / name
+        if not file.is_file() or file.stat().st_size != saved[0]:
+            found = f"{file.stat().st_size} bytes" if file.is_file() else "missing"
+            raise _corrupt(path, f"{name} should have {saved[0]} bytes and is {found}")
+        if contents and checksum(file) != saved:
+            raise _corrupt(path, f"{name} is not the file that was saved (its checksum differs)")
+
+
+def write_metadata(folder: Path, metadata: Metadata) -> None:
+    """Write moba_train.json of a checkpoint folder, whole or not at all."""
+    write_durably(folder / _METADATA, json.dumps(asdict(metadata), indent=1))
+
+
+def manifest_of(folder: Path) -> dict[str, list[int]]:
+    """[size, CRC-32] of every file in `folder`."""
+    return {file.name: checksum(file) for file in sorted(folder.iterdir())}
+
+
 def _check_key_conv(config: RunConfig, path: Path, metadata: Metadata) -> None:
     """Learned convolutions are never dropped; missing ones start as the identity, with a fresh optimizer."""
     theirs, ours = _key_conv(metadata), config.attention.key_conv
@@ -165,27 +184,6 @@ def _is_own(config: RunConfig, path: Path) -> bool:
 
 def _weights_only(config: RunConfig, path: Path) -> bool:
     return config.checkpoint.load_weights_only and not _is_own(config, path)
-
-
-def check_files(path: Path, metadata: Metadata, contents: bool = False) -> None:
-    """CheckpointError for the first file that is missing or of another size; with `contents`, of another checksum."""
-    for name, (size, checksum) in metadata.manifest.items():
-        file = path / name
-        if not file.is_file() or file.stat().st_size != size:
-            found = f"{file.stat().st_size} bytes" if file.is_file() else "missing"
-            raise _corrupt(path, f"{name} should have {size} bytes and is {found}")
-        if contents and _checksum(file) != [size, checksum]:
-            raise _corrupt(path, f"{name} is not the file that was saved (its checksum differs)")
-
-
-def write_metadata(folder: Path, metadata: Metadata) -> None:
-    """Write moba_train.json of a checkpoint folder, whole or not at all."""
-    _write_durably(folder / _METADATA, json.dumps(asdict(metadata), indent=1))
-
-
-def manifest_of(folder: Path) -> dict[str, list[int]]:
-    """[size, CRC-32] of every file in `folder`."""
-    return {file.name: _checksum(file) for file in sorted(folder.iterdir())}
 
 
 def _check_position(config: RunConfig, path: Path, metadata: Metadata) -> None:
@@ -237,12 +235,12 @@ def save(run: Run) -> Path:
     state = _sharded_state(run, loading=False)
     # megatron-core 0.19 would otherwise ask for nvidia-resiliency-ext.
     newer = "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
-    with _signals_held():
+    with signals_held():
         dist_checkpointing.save(state, str(partial), **({"async_strategy": "mcore"} if newer else {}))
     dist.barrier()
     names = [sorted(file.name for file in partial.iterdir())]  # rank 0's list: a network folder may lag elsewhere
     dist.broadcast_object_list(names)
-    manifest = _gather_checksums(partial, names[0])
+    manifest = gather_checksums(partial, names[0])
     if dist.get_rank() == 0:
         metadata = Metadata(
             step=run.step,
@@ -274,10 +272,7 @@ def restore(run: Run) -> bool:
     if path is None:
         return False
     metadata = read_metadata(path)
-    names = sorted(metadata.manifest)
-    for name, found in _gather_checksums(path, names).items():
-        if found != metadata.manifest[name]:
-            raise _corrupt(path, f"{name} is not the file that was saved (its checksum differs)")
+    _verify(path, metadata)
     weights_only = _weights_only(run.config, path)
     wanted = _sharded_state(run, loading=True, metadata=metadata, weights_only=weights_only)
     starts_convolution = run.config.attention.key_conv > 0 and _key_conv(metadata) == 0
@@ -312,9 +307,22 @@ def restore(run: Run) -> bool:
     return True
 
 
+def load_weights(path: Path, model: MegatronModule, data_context: dist.ProcessGroup) -> None:
+    """Load a checkpoint's weights alone into a model of one chunk, from any layout; its files are verified first."""
+    _verify(path, read_metadata(path))
+    state = {"model": model.sharded_state_dict(metadata=_options(data_context))}
+    model.load_state_dict(dist_checkpointing.load(state, str(path))["model"], strict=True)
+
+
+def _verify(path: Path, metadata: Metadata) -> None:
+    for name, found in gather_checksums(path, sorted(metadata.manifest)).items():
+        if found != metadata.manifest[name]:
+            raise _corrupt(path, f"{name} is not the file that was saved (its checksum differs)")
+
+
 def point_latest(folder: Path) -> None:
     """Make the step folder the latest of its checkpoints folder."""
-    _write_durably(folder.parent / "latest", folder.name)
+    write_durably(folder.parent / "latest", folder.name)
 
 
 def _tell_other_plan(config: RunConfig, metadata: Metadata) -> None:
@@ -326,26 +334,10 @@ def _tell_other_plan(config: RunConfig, metadata: Metadata) -> None:
             _LOG.info("attention.%s was %s until step %d and is now %s", key, theirs, metadata.step, ours[key])
 
 
-@contextlib.contextmanager
-def _signals_held() -> Iterator[None]:
-    """SIGTERM and SIGINT wait until after: a signal to the whole process group must not end the writers' processes,
-    which inherit the mask."""
-    held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, held)
-
-
 def _sharded_state(
     run: Run, loading: bool, metadata: Metadata | None = None, weights_only: bool = False
 ) -> dict[str, Any]:
-    options = {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "chained_optim_avoid_prefix": True,
-        "singleton_local_shards": False,
-        "dp_cp_group": run.groups.data_context.group,
-    }
+    options = _options(run.groups.data_context.group)
     state: dict[str, Any] = {
         _chunk_key(run, index): unwrap_model(chunk).sharded_state_dict(metadata=options)
         for index, chunk in enumerate(run.chunks)
@@ -374,28 +366,21 @@ def _sharded_state(
     return state
 
 
+def _options(data_context: dist.ProcessGroup) -> dict[str, Any]:
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "chained_optim_avoid_prefix": True,
+        "singleton_local_shards": False,
+        "dp_cp_group": data_context,
+    }
+
+
 def _same_layout(theirs: dict[str, Any], ours: dict[str, Any]) -> bool:
     return all(theirs.get(axis) == ours[axis] for axis in ("tensor", "pipeline", "virtual_pipeline", "context"))
 
 
 def _chunk_key(run: Run, index: int) -> str:
     return "model" if len(run.chunks) == 1 else f"model{index}"
-
-
-def _gather_checksums(folder: Path, names: list[str]) -> dict[str, list[int]]:
-    """[size, CRC-32] of every file, the work shared among ranks; the same on all."""
-    mine = {name: _checksum(folder / name) for name in names[dist.get_rank() :: dist.get_world_size()]}
-    parts: list[dict[str, list[int]]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(parts, mine)
-    return {name: value for part in parts for name, value in part.items()}
-
-
-def _checksum(file: Path) -> list[int]:
-    size, crc = 0, 0
-    with file.open("rb") as stream:
-        while piece := stream.read(1 << 22):
-            size, crc = size + len(piece), zlib.crc32(piece, crc)
-    return [size, crc]
 
 
 def _latest(root: Path) -> Path | None:
@@ -410,16 +395,6 @@ def _latest(root: Path) -> Path | None:
 
 def _complete(root: Path) -> list[Path]:
     return sorted(path for path in root.glob("step_*") if path.suffix != ".partial")
-
-
-def _write_durably(path: Path, text: str) -> None:
-    """Write and rename, so that a reader sees the old file or the whole new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
 
 
 def _corrupt(path: Path, what: str) -> CheckpointError:

@@ -9,7 +9,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -18,17 +18,19 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 
 from moba_train.attention import SequenceInfo
+from moba_train.config.schema import RunConfig
 from moba_train.context_parallel.layout import RULES
 from moba_train.data.batch import Batch
 from moba_train.data.loader import Loader
 from moba_train.model.core_attention import RowParams, set_layer_plan
 from moba_train.model.layer_plan import layer_plan
-from moba_train.model.rope import rotary_table
+from moba_train.model.rope import Frequencies, rotary_table
+from moba_train.parallel.groups import Groups
 from moba_train.train.flops import training_flops
 from moba_train.train.loss import masked_sum, position_sums
 from moba_train.train.setup import Run
 
-__all__ = ["StepResult", "Validation", "forward_rows", "train_step", "validate_model"]
+__all__ = ["HasModel", "Row", "StepResult", "Validation", "forward_rows", "to_row", "train_step", "validate_model"]
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,17 @@ class Validation:
     by_position: list[float]
 
 
+class HasModel(Protocol):
+    """What a row is laid out for: a run in training, or a model that is only asked."""
+
+    config: RunConfig
+    groups: Groups
+    device: torch.device
+    frequencies: Frequencies
+
+
 @dataclass(frozen=True)
-class _Row:
+class Row:
     """One micro-batch on this rank's device."""
 
     batch: Batch
@@ -176,7 +187,7 @@ def _run_schedule(
 ) -> torch.Tensor:
     """`count` micro-batches (None: a global batch) through the pipeline; this rank's summed report (zeros off the
     last stage)."""
-    rows = (_to_row(run, batch) for batch in batches)
+    rows = (to_row(run, batch) for batch in batches)
     iterators = list(itertools.tee(rows, len(run.chunks))) if len(run.chunks) > 1 else [rows]
     reports = get_forward_backward_func()(
         forward_step_func=functools.partial(_forward_step, report=report),
@@ -193,7 +204,7 @@ def _run_schedule(
 
 
 def _forward_step(
-    rows: Iterator[_Row], model: torch.nn.Module, report: Callable[..., torch.Tensor]
+    rows: Iterator[Row], model: torch.nn.Module, report: Callable[..., torch.Tensor]
 ) -> tuple[torch.Tensor, Any]:
     row = next(rows)
     batch = row.batch
@@ -224,7 +235,7 @@ def _position_report(losses_T: torch.Tensor, batch: Batch, buckets: int, length:
     return position_sums(losses_T, batch.loss_mask, batch.positions, buckets, length).reshape(-1)
 
 
-def _to_row(run: Run, batch: Batch) -> _Row:
+def to_row(run: HasModel, batch: Batch) -> Row:
     """Cut the row to this context rank and lay out what every layer needs to know of it."""
     context = run.groups.context
     if context.size > 1:
@@ -236,7 +247,7 @@ def _to_row(run: Run, batch: Batch) -> _Row:
         sequence=SequenceInfo(batch.cu_seqlens, q_positions=batch.q_positions),
         rotary=rotary_table(batch.positions, run.frequencies),
     )
-    return _Row(batch, params)
+    return Row(batch, params)
 
 
 def _prepare_schedule(run: Run, weights: _WeightSum) -> None:
