@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,11 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, special tokens included."""
         return self._backend.decode(list(ids), skip_special_tokens=False)
+
+    def stream(self) -> Callable[[int], str]:
+        """A function from the next id to the text it completes: "" while a character still lacks bytes."""
+        stream = decoders.DecodeStream(skip_special_tokens=False)
+        return lambda token: stream.step(self._backend, token) or ""
 
     def save(self, folder: Path) -> None:
         """Write a folder that `load_tokenizer` and transformers' AutoTokenizer read; what was loaded is copied."""

@@ -2,12 +2,14 @@
 
 megatron-core calls it with packed tokens: q [T, H, D], k and v [S, G, D] without batch, where T == S are the tokens
 this context rank holds and H, G this tensor rank's heads; it returns [T, H * D]. Which kind a layer is comes from
-model/layer_plan.py and may change between steps (`set_layer_plan`); no parameter depends on it.
+model/layer_plan.py and may change between steps (`set_layer_plan`); no parameter depends on it. The one option with
+parameters, the key convolution, is in layers of both kinds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,13 +17,14 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 
-from moba_train.attention import SequenceInfo, full_attention, moba_attention
+from moba_train.attention import LayerCache, SequenceInfo, full_attention, moba_attention
 from moba_train.context_parallel.layout import LayoutRule
 from moba_train.context_parallel.wrap import wrap
+from moba_train.model.key_conv import KeyConv
 from moba_train.model.layer_plan import LayerAttention, LayerKind
 from moba_train.model.rope import rotate
 
-__all__ = ["CoreAttention", "RowParams", "set_layer_plan"]
+__all__ = ["CoreAttention", "Observer", "RowParams", "observed_by", "set_layer_plan"]
 
 
 @dataclass
@@ -29,10 +32,12 @@ class RowParams(PackedSeqParams):
     """What every layer needs to know of a micro-batch; rides through megatron-core as its packed_seq_params.
 
     sequence: global document bounds and this rank's query positions. rotary: cos and sin from `rope.rotary_table`.
+    caches: when generating, one per layer of the model; the row holds the document's next tokens (no context parallel).
     """
 
     sequence: SequenceInfo = field(kw_only=True)
     rotary: tuple[torch.Tensor, torch.Tensor] = field(kw_only=True)
+    caches: Sequence[LayerCache] | None = field(kw_only=True, default=None)
 
 
 _Op = Callable[..., tuple[torch.Tensor, torch.Tensor]]
@@ -40,7 +45,10 @@ _OPS: dict[LayerKind, _Op] = {LayerKind.FULL: full_attention, LayerKind.MOBA: mo
 
 
 class CoreAttention(MegatronModule):
-    """Rotary embedding, then the layer's op behind its context-parallel wrapper."""
+    """Perhaps the key convolution, rotary embedding, then the layer's op behind its context-parallel wrapper.
+
+    observer: None, or what is shown q [T, H, D] and k [S, G, D] as the op will get them (see `observed_by`).
+    """
 
     def __init__(
         self,
@@ -58,6 +66,7 @@ class CoreAttention(MegatronModule):
         strategies: dict[LayerKind, str],
         layout: LayoutRule,
         gather_heads: int | None,
+        key_conv: int,
         **kwargs: Any,
     ) -> None:
         super().__init__(config=config)
@@ -67,10 +76,16 @@ class CoreAttention(MegatronModule):
         self.layer = layer
         self.backends = backends
         self.softmax_scale = softmax_scale
+        self.observer: Observer | None = None
         self.ops: dict[LayerKind, _Op] = {
             kind: wrap(op, pg_collection.cp, strategies[kind], layout=layout, gather_heads=gather_heads)
             for kind, op in _OPS.items()
         }
+
+        self.key_conv = None
+        if key_conv:
+            backend = backends[LayerKind.MOBA]
+            self.key_conv = KeyConv(config, key_conv, pg_collection, layout=layout, backend=backend)
 
     def forward(
         self,
@@ -87,13 +102,40 @@ class CoreAttention(MegatronModule):
         assert isinstance(packed_seq_params, RowParams), type(packed_seq_params)
         assert attention_mask is None, "documents come with the row"
         assert attention_bias is None, "no bias in these models"
+        sequence, caches = packed_seq_params.sequence, packed_seq_params.caches
+        cache = None if caches is None else caches[self.layer_number - 1]
+        if self.key_conv is not None:
+            key = self.key_conv(key, sequence, cache)
         q_THD = rotate(query, *packed_seq_params.rotary)
         k_SGD = rotate(key, *packed_seq_params.rotary)
+        if self.observer is not None:
+            self.observer(self, q_THD, k_SGD, packed_seq_params.sequence)
         options: dict[str, Any] = {"softmax_scale": self.softmax_scale, "backend": self.backends[self.layer.kind]}
         if self.layer.kind is LayerKind.MOBA:
-            options |= {"block_size": self.layer.block_size, "top_k": self.layer.top_k}
-        out_THD, _ = self.ops[self.layer.kind](q_THD, k_SGD, value, packed_seq_params.sequence, **options)
+            options |= self.layer.routing
+        if cache is not None:
+            cache.append(k_SGD, value)
+            k_SGD, value = cache.keys, cache.values
+            if self.layer.kind is LayerKind.MOBA:
+                options["picks"] = cache.select(q_THD, sequence, backend=options["backend"], **self.layer.routing)
+        out_THD, _ = self.ops[self.layer.kind](q_THD, k_SGD, value, sequence, **options)
         return out_THD.reshape(out_THD.shape[0], -1)
+
+
+Observer = Callable[[CoreAttention, torch.Tensor, torch.Tensor, SequenceInfo], None]
+
+
+@contextlib.contextmanager
+def observed_by(observer: Observer, chunks: Iterable[torch.nn.Module]) -> Iterator[None]:
+    """Show every layer's queries and keys to `observer` in the forwards within; nothing is kept or changed here."""
+    layers = [module for chunk in chunks for module in chunk.modules() if isinstance(module, CoreAttention)]
+    for layer in layers:
+        layer.observer = observer
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.observer = None
 
 
 def set_layer_plan(chunks: Iterable[torch.nn.Module], plan: tuple[LayerAttention, ...]) -> None:

@@ -19,6 +19,7 @@ import itertools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from moba_train.config.schedule import attention_of_phase
 from moba_train.config.schema import AttentionConfig, ConfigError
@@ -35,11 +36,19 @@ class LayerKind(enum.StrEnum):
 
 @dataclass(frozen=True)
 class LayerAttention:
-    """One layer's attention; block_size (tokens) and top_k (blocks, own included) only matter to MoBA."""
+    """One layer's attention; all but the kind only matters to MoBA. top_k counts blocks, the own one included."""
 
     kind: LayerKind
     block_size: int
     top_k: int
+    force_previous_block: bool = False
+    share_picks_in_group: bool = False
+
+    @property
+    def routing(self) -> dict[str, Any]:
+        """What attention's `moba_attention` and `select_blocks` take to pick blocks."""
+        names = ("block_size", "top_k", "force_previous_block", "share_picks_in_group")
+        return {name: getattr(self, name) for name in names}
 
 
 Plan = tuple[LayerAttention, ...]
@@ -79,28 +88,35 @@ def plan_phases(attention: AttentionConfig, num_layers: int) -> list[tuple[int, 
 
 
 def describe(plan: Plan) -> str:
-    """The plan in one line, equal neighbours counted: 'moba*3(64,4), full*1' with (block_size, top_k)."""
-    names = [
-        (layer.kind, f"({layer.block_size},{layer.top_k})" if layer.kind is LayerKind.MOBA else "") for layer in plan
-    ]
-    runs = ((name, len(list(group))) for name, group in itertools.groupby(names))
-    return ", ".join(f"{kind}*{count}{numbers}" for (kind, numbers), count in runs)
+    """The plan in one line, equal neighbours counted: 'moba*3(64,4), full*1' with (block_size, top_k).
+
+    Gate options follow where they are on: 'moba*3(64,4,previous,shared)'.
+    """
+    runs = ((name, len(list(group))) for name, group in itertools.groupby((x.kind, _details(x)) for x in plan))
+    return ", ".join(f"{kind}*{count}{details}" for (kind, details), count in runs)
+
+
+def _details(layer: LayerAttention) -> str:
+    if layer.kind is LayerKind.FULL:
+        return ""
+    options = ["previous"] * layer.force_previous_block + ["shared"] * layer.share_picks_in_group
+    return f"({','.join([str(layer.block_size), str(layer.top_k), *options])})"
 
 
 def _plan(attention: AttentionConfig, num_layers: int, key: str) -> Plan:
     """The plan of one phase; `key` is where its settings are, for messages."""
     kinds = list(itertools.islice(itertools.cycle(_parse(attention.pattern, f"{key}.pattern")), num_layers))
     first, last = attention.dense_first_layers, attention.dense_last_layers
+    if isinstance(last, str):
+        raise ConfigError(f"{key}.dense_last_layers", last, "a number: what it stands for is measured at the start")
     for name, count in (("dense_first_layers", first), ("dense_last_layers", last)):
         if not 0 <= count <= num_layers:
             raise ConfigError(f"{key}.{name}", count, f"choose 0 to model.num_layers={num_layers}")
     _check_layers(f"{key}.full_layers", attention.full_layers, num_layers)
     _check_sizes(key, attention.block_size, attention.top_k)
     dense = {*range(first), *range(num_layers - last, num_layers), *attention.full_layers}
-    plan = [
-        LayerAttention(LayerKind.FULL if layer in dense else kind, attention.block_size, attention.top_k)
-        for layer, kind in enumerate(kinds)
-    ]
+    sizes = (attention.block_size, attention.top_k, attention.force_previous_block, attention.share_picks_in_group)
+    plan = [LayerAttention(LayerKind.FULL if i in dense else kind, *sizes) for i, kind in enumerate(kinds)]
     _check_layers(f"{key}.overrides", [layer for each in attention.overrides for layer in each.layers], num_layers)
     for index, override in enumerate(attention.overrides):
         where = f"{key}.overrides[{index}]"
@@ -113,6 +129,10 @@ def _plan(attention: AttentionConfig, num_layers: int, key: str) -> Plan:
         _check_sizes(where, **changes)
         for layer in override.layers:
             plan[layer] = replace(plan[layer], **changes)
+    least = min((each.top_k for each in plan if each.kind is LayerKind.MOBA), default=2)
+    if attention.force_previous_block and least < 2:
+        remedy = "with attention.force_previous_block it must be at least 2: the own block and the one before"
+        raise ConfigError(f"{key}.top_k", least, remedy)
     return tuple(plan)
 
 

@@ -9,15 +9,10 @@ and CRC-32 of every file), so that a truncated or altered file is named before a
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import json
 import logging
-import os
 import shutil
-import signal
-import zlib
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,13 +20,16 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import unwrap_model
 
 from moba_train.config.schedule import PLAN_KEYS
 from moba_train.config.schema import AttentionConfig, ConfigError, ModelConfig, RunConfig, to_dict
+from moba_train.model.key_conv import KEY_CONV_PREFIX
 from moba_train.model.layer_plan import layer_plan
 from moba_train.model.rope import describe_rope
 from moba_train.parallel.seed import load_random_state, random_state
+from moba_train.train.files import checksum, gather_checksums, signals_held, write_durably
 
 if TYPE_CHECKING:
     from moba_train.train.setup import Run
@@ -43,6 +41,7 @@ __all__ = [
     "check",
     "check_files",
     "find_start",
+    "load_weights",
     "locate",
     "manifest_of",
     "point_latest",
@@ -67,6 +66,15 @@ MODEL_SHAPE = [
     "qkv_bias",
     "tie_embeddings",
 ]
+
+# What optimizer state and data position depend on: it stays, or the weights alone are loaded.
+_POSITION = {
+    "parallel": ("distributed_optimizer",),
+    "train": ("global_batch_size", "sequence_length", "freeze"),
+    "data": ("mode",),
+    "sft": ("packing", "overlong", "last_turn_only", "valid_fraction"),
+}
+_DEFAULTS = to_dict(RunConfig())
 
 
 class CheckpointError(ConfigError):
@@ -119,6 +127,7 @@ def check(config: RunConfig) -> None:
     metadata = read_metadata(path)
     check_files(path, metadata)
     _check_position(config, path, metadata)
+    _check_key_conv(config, path, metadata)
     for key in MODEL_SHAPE:
         # A checkpoint from before a key existed has its default.
         theirs = metadata.config["model"].get(key, getattr(ModelConfig, key))
@@ -133,44 +142,74 @@ def check(config: RunConfig) -> None:
 
 def check_files(path: Path, metadata: Metadata, contents: bool = False) -> None:
     """CheckpointError for the first file that is missing or of another size; with `contents`, of another checksum."""
-    for name, (size, checksum) in metadata.manifest.items():
+    for name, saved in metadata.manifest.items():
         file = path / name
-        if not file.is_file() or file.stat().st_size != size:
+        if not file.is_file() or file.stat().st_size != saved[0]:
             found = f"{file.stat().st_size} bytes" if file.is_file() else "missing"
-            raise _corrupt(path, f"{name} should have {size} bytes and is {found}")
-        if contents and _checksum(file) != [size, checksum]:
+            raise _corrupt(path, f"{name} should have {saved[0]} bytes and is {found}")
+        if contents and checksum(file) != saved:
             raise _corrupt(path, f"{name} is not the file that was saved (its checksum differs)")
 
 
 def write_metadata(folder: Path, metadata: Metadata) -> None:
     """Write moba_train.json of a checkpoint folder, whole or not at all."""
-    _write_durably(folder / _METADATA, json.dumps(asdict(metadata), indent=1))
+    write_durably(folder / _METADATA, json.dumps(asdict(metadata), indent=1))
 
 
 def manifest_of(folder: Path) -> dict[str, list[int]]:
     """[size, CRC-32] of every file in `folder`."""
-    return {file.name: _checksum(file) for file in sorted(folder.iterdir())}
+    return {file.name: checksum(file) for file in sorted(folder.iterdir())}
+
+
+def _check_key_conv(config: RunConfig, path: Path, metadata: Metadata) -> None:
+    """Learned convolutions are never dropped; missing ones start as the identity, with a fresh optimizer."""
+    theirs, ours = _key_conv(metadata), config.attention.key_conv
+    if theirs not in (0, ours):
+        raise ConfigError("attention.key_conv", ours, f"the checkpoint {path} was trained with {theirs}; use it")
+    if theirs != ours and not _weights_only(config, path):
+        remedy = (
+            f"the checkpoint {path} has none; begin with its weights, the convolution as identity, in a new run: "
+            "checkpoint.load_weights_only=true with checkpoint.load"
+        )
+        raise ConfigError("attention.key_conv", ours, remedy)
+
+
+def _key_conv(metadata: Metadata) -> int:
+    return metadata.config["attention"].get("key_conv", 0)
+
+
+def _is_own(config: RunConfig, path: Path) -> bool:
+    return config.run.dir is not None and path.is_relative_to(Path(config.run.dir))
+
+
+def _weights_only(config: RunConfig, path: Path) -> bool:
+    return config.checkpoint.load_weights_only and not _is_own(config, path)
 
 
 def _check_position(config: RunConfig, path: Path, metadata: Metadata) -> None:
     """A full load takes over optimizer and data position: what they depend on must be the checkpoint's."""
-    own = config.run.dir is not None and path.is_relative_to(Path(config.run.dir))
-    if metadata.weights_only and (own or not config.checkpoint.load_weights_only):
+    if metadata.weights_only and (_is_own(config, path) or not config.checkpoint.load_weights_only):
         what = f"{path} was converted and holds weights alone: "
         raise ConfigError(
             "checkpoint.load_weights_only", False, what + "set it to true, with checkpoint.load, in another run.dir"
         )
-    if config.checkpoint.load_weights_only and not own:
+    if _weights_only(config, path):
         return
     fresh = "use it, or start from the weights alone: checkpoint.load_weights_only=true with checkpoint.load"
-    if not own and metadata.step >= config.train.steps:
+    theirs, ours = ({**_DEFAULTS, **values} for values in (metadata.config, to_dict(config)))
+    if (theirs["sft"]["path"] is None) != (ours["sft"]["path"] is None):
+        what = "on chat rows" if ours["sft"]["path"] is None else "on plain text"
+        raise ConfigError("sft.path", ours["sft"]["path"], f"the checkpoint {path} was trained {what}; {fresh}")
+    if not _is_own(config, path) and metadata.step >= config.train.steps:
         more = f"the checkpoint {path} is at step {metadata.step} already; ask for more steps"
         raise ConfigError("train.steps", config.train.steps, more)
-    for key in ("parallel.distributed_optimizer", "train.global_batch_size", "train.sequence_length", "data.mode"):
-        section, name = key.split(".")
-        theirs, ours = metadata.config[section].get(name), getattr(getattr(config, section), name)
-        if theirs != ours:
-            raise ConfigError(key, ours, f"the checkpoint {path} was trained with {theirs}; {fresh}")
+    for section, names in _POSITION.items():
+        for name in names:
+            # JSON knows lists only, and older checkpoints lack newer keys.
+            was, now = (values[section].get(name, _DEFAULTS[section][name]) for values in (theirs, ours))
+            was, now = (list(value) if isinstance(value, tuple) else value for value in (was, now))
+            if was != now:
+                raise ConfigError(f"{section}.{name}", now, f"the checkpoint {path} was trained with {was}; {fresh}")
 
 
 def read_metadata(path: Path) -> Metadata:
@@ -196,12 +235,12 @@ def save(run: Run) -> Path:
     state = _sharded_state(run, loading=False)
     # megatron-core 0.19 would otherwise ask for nvidia-resiliency-ext.
     newer = "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
-    with _signals_held():
+    with signals_held():
         dist_checkpointing.save(state, str(partial), **({"async_strategy": "mcore"} if newer else {}))
     dist.barrier()
     names = [sorted(file.name for file in partial.iterdir())]  # rank 0's list: a network folder may lag elsewhere
     dist.broadcast_object_list(names)
-    manifest = _gather_checksums(partial, names[0])
+    manifest = gather_checksums(partial, names[0])
     if dist.get_rank() == 0:
         metadata = Metadata(
             step=run.step,
@@ -233,17 +272,24 @@ def restore(run: Run) -> bool:
     if path is None:
         return False
     metadata = read_metadata(path)
-    names = sorted(metadata.manifest)
-    for name, found in _gather_checksums(path, names).items():
-        if found != metadata.manifest[name]:
-            raise _corrupt(path, f"{name} is not the file that was saved (its checksum differs)")
-    own = path.is_relative_to(run.folder)
-    weights_only = run.config.checkpoint.load_weights_only and not own
-    state = dist_checkpointing.load(
-        _sharded_state(run, loading=True, metadata=metadata, weights_only=weights_only), str(path)
-    )
+    _verify(path, metadata)
+    weights_only = _weights_only(run.config, path)
+    wanted = _sharded_state(run, loading=True, metadata=metadata, weights_only=weights_only)
+    starts_convolution = run.config.attention.key_conv > 0 and _key_conv(metadata) == 0
+    if starts_convolution:
+        # Exactly these keys are not there to be loaded; any other that is missing still fails.
+        for index in range(len(run.chunks)):
+            weights = wanted[_chunk_key(run, index)]
+            wanted[_chunk_key(run, index)] = {k: v for k, v in weights.items() if KEY_CONV_PREFIX not in k}
+        if dist.get_rank() == 0:
+            _LOG.info("The checkpoint %s has no key convolution: it starts as the identity.", path)
+    state = dist_checkpointing.load(wanted, str(path))
     for index, chunk in enumerate(run.chunks):
-        unwrap_model(chunk).load_state_dict(state[_chunk_key(run, index)], strict=True)
+        model = unwrap_model(chunk)
+        weights = state[_chunk_key(run, index)]
+        if starts_convolution:
+            weights |= {k: v for k, v in model.state_dict().items() if KEY_CONV_PREFIX in k}
+        model.load_state_dict(weights, strict=True)
     if weights_only:
         run.optimizer.reload_model_params()
         return True
@@ -261,47 +307,52 @@ def restore(run: Run) -> bool:
     return True
 
 
+def load_weights(path: Path, model: MegatronModule, data_context: dist.ProcessGroup) -> None:
+    """Load a checkpoint's weights alone into a model of one chunk, from any layout; its files are verified first."""
+    _verify(path, read_metadata(path))
+    state = {"model": model.sharded_state_dict(metadata=_options(data_context))}
+    model.load_state_dict(dist_checkpointing.load(state, str(path))["model"], strict=True)
+
+
+def _verify(path: Path, metadata: Metadata) -> None:
+    for name, found in gather_checksums(path, sorted(metadata.manifest)).items():
+        if found != metadata.manifest[name]:
+            raise _corrupt(path, f"{name} is not the file that was saved (its checksum differs)")
+
+
 def point_latest(folder: Path) -> None:
     """Make the step folder the latest of its checkpoints folder."""
-    _write_durably(folder.parent / "latest", folder.name)
+    write_durably(folder.parent / "latest", folder.name)
 
 
 def _tell_other_plan(config: RunConfig, metadata: Metadata) -> None:
     """Layer plan and schedule may change on resume; what changed is said."""
-    defaults, ours = to_dict(AttentionConfig()), json.loads(json.dumps(to_dict(config.attention)))
+    ours, defaults = (json.loads(json.dumps(to_dict(each))) for each in (config.attention, AttentionConfig()))
     for key in (*PLAN_KEYS, "schedule"):
         theirs = metadata.config["attention"].get(key, defaults[key])
-        if list(theirs) != ours[key] if isinstance(ours[key], list) else theirs != ours[key]:
+        if theirs != ours[key]:
             _LOG.info("attention.%s was %s until step %d and is now %s", key, theirs, metadata.step, ours[key])
-
-
-@contextlib.contextmanager
-def _signals_held() -> Iterator[None]:
-    """SIGTERM and SIGINT wait until after: a signal to the whole process group must not end the writers' processes,
-    which inherit the mask."""
-    held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, held)
 
 
 def _sharded_state(
     run: Run, loading: bool, metadata: Metadata | None = None, weights_only: bool = False
 ) -> dict[str, Any]:
-    options = {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "chained_optim_avoid_prefix": True,
-        "singleton_local_shards": False,
-        "dp_cp_group": run.groups.data_context.group,
-    }
+    options = _options(run.groups.data_context.group)
     state: dict[str, Any] = {
         _chunk_key(run, index): unwrap_model(chunk).sharded_state_dict(metadata=options)
         for index, chunk in enumerate(run.chunks)
     }
     if weights_only:
         return state
-    state["optimizer"] = run.optimizer.sharded_state_dict(dict(state), is_loading=loading, metadata=options)
+    weights = dict(state)
+    if run.config.train.freeze:
+        # Frozen parameters have no state: one tensor over all layers would have holes. Weights stay as they are.
+        apart = {**options, "non_homogeneous_layers": True}
+        weights = {
+            _chunk_key(run, index): unwrap_model(chunk).sharded_state_dict(metadata=apart)
+            for index, chunk in enumerate(run.chunks)
+        }
+    state["optimizer"] = run.optimizer.sharded_state_dict(weights, is_loading=loading, metadata=options)
     if not loading:
         state["scheduler"] = run.scheduler.state_dict()
     ours = to_dict(run.config.parallel)
@@ -315,28 +366,21 @@ def _sharded_state(
     return state
 
 
+def _options(data_context: dist.ProcessGroup) -> dict[str, Any]:
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "chained_optim_avoid_prefix": True,
+        "singleton_local_shards": False,
+        "dp_cp_group": data_context,
+    }
+
+
 def _same_layout(theirs: dict[str, Any], ours: dict[str, Any]) -> bool:
     return all(theirs.get(axis) == ours[axis] for axis in ("tensor", "pipeline", "virtual_pipeline", "context"))
 
 
 def _chunk_key(run: Run, index: int) -> str:
     return "model" if len(run.chunks) == 1 else f"model{index}"
-
-
-def _gather_checksums(folder: Path, names: list[str]) -> dict[str, list[int]]:
-    """[size, CRC-32] of every file, the work shared among ranks; the same on all."""
-    mine = {name: _checksum(folder / name) for name in names[dist.get_rank() :: dist.get_world_size()]}
-    parts: list[dict[str, list[int]]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(parts, mine)
-    return {name: value for part in parts for name, value in part.items()}
-
-
-def _checksum(file: Path) -> list[int]:
-    size, crc = 0, 0
-    with file.open("rb") as stream:
-        while piece := stream.read(1 << 22):
-            size, crc = size + len(piece), zlib.crc32(piece, crc)
-    return [size, crc]
 
 
 def _latest(root: Path) -> Path | None:
@@ -351,16 +395,6 @@ def _latest(root: Path) -> Path | None:
 
 def _complete(root: Path) -> list[Path]:
     return sorted(path for path in root.glob("step_*") if path.suffix != ".partial")
-
-
-def _write_durably(path: Path, text: str) -> None:
-    """Write and rename, so that a reader sees the old file or the whole new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
 
 
 def _corrupt(path: Path, what: str) -> CheckpointError:

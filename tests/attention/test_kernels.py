@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moba_train.attention import SequenceInfo, full_attention, moba_attention, reference, select_blocks
+from moba_train.attention import SequenceInfo, convolve_keys, full_attention, moba_attention, reference, select_blocks
 from tests.helpers.cases import CASES_BY_NAME, Case, Inputs, run_op, zigzag_positions
 from tests.helpers.tolerance import assert_low_precision
 
@@ -31,6 +31,9 @@ SHAPES = (
     Case("top-1", (0, 1000), 2, 2, 128, 128, 1),
     Case("zigzag", (0, 700, 1300), 4, 2, 128, 96, 3, q_positions=zigzag_positions(1300, 1, 5)),
     Case("decode", (0, 700, 1300), 8, 2, 128, 96, 3, q_positions=(1299,)),
+    Case("previous-forced", (0, 700, 1300), 4, 2, 128, 64, 4, force_previous_block=True),
+    Case("picks-shared", (0, 700, 1300), 8, 2, 128, 64, 4, share_picks_in_group=True),
+    Case("picks-shared-64", (0, 1020), 8, 1, 64, 32, 12, force_previous_block=True, share_picks_in_group=True),
 )
 # Edges of the documents and of the queries; tests/attention/test_kernels_interpreter.py has more of them.
 EDGES = (
@@ -62,12 +65,12 @@ def _check(op, reference_op, case: Case, dtype: torch.dtype) -> None:
 
 
 def _picks(case: Case, inputs: Inputs, backend: str = "portable") -> Tensor:
-    sizes = {"block_size": case.block_size, "top_k": case.top_k}
+    sizes = case.routing
     return select_blocks(inputs.q_THD, inputs.k_SGD, case.sequence(), **sizes, backend=backend)
 
 
 def _moba(case: Case, picks: Tensor):
-    sizes = {"block_size": case.block_size, "top_k": case.top_k}
+    sizes = case.routing
     return partial(moba_attention, seq=case.sequence(), picks=picks, **sizes, backend="triton")
 
 
@@ -96,6 +99,22 @@ def test_gate_equals_definition_outside_rounding(case: Case, dtype: torch.dtype)
     assert (picks != expected).any(-1).float().mean() < 1e-3
     assert torch.equal(picks[..., 0], expected[..., 0])
     assert torch.equal(picks == -1, expected == -1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["gqa-64", "head-dim-80", "zigzag"])
+def test_key_convolution_errs_no_more_than_torch(name: str, dtype: torch.dtype) -> None:
+    case = next(case for case in SHAPES if case.name == name)
+    results = []
+    for backend, kind in (("triton", dtype), ("portable", dtype), ("portable", torch.float64)):
+        inputs = case.inputs(dtype, "cuda")
+        weight = torch.randn(case.key_heads, case.head_dim, 4, generator=torch.Generator().manual_seed(0))
+        leaves = [x.detach().to("cuda", dtype).to(kind).requires_grad_() for x in (inputs.k_SGD, weight)]
+        out = convolve_keys(*leaves, case.sequence(), backend=backend)
+        grad = inputs.dout_THD[:, : case.key_heads].to(kind)
+        results.append([out.detach(), *torch.autograd.grad(out, leaves, grad)])
+    for kind, parts in zip(("output", "gradient", "gradient"), zip(*results, strict=True), strict=True):
+        assert_low_precision(*parts, kind)
 
 
 @pytest.mark.parametrize("name", ["gqa-64", "block-2048"])
@@ -129,7 +148,7 @@ def test_repetitions_stay_within_rounding() -> None:
 def test_forward_and_backward_record_into_a_cuda_graph() -> None:
     case = SHAPES[0]
     inputs = case.inputs(torch.bfloat16, "cuda")
-    seq, sizes = case.sequence(), {"block_size": case.block_size, "top_k": case.top_k}
+    seq, sizes = case.sequence(), case.routing
 
     def step() -> tuple[Tensor, ...]:
         # Leaves of its own: those of another step belong to that step's stream, which a capture may not wait for.
@@ -155,7 +174,7 @@ def test_forward_and_backward_record_into_a_cuda_graph() -> None:
 def test_compiled_model_gives_the_same() -> None:
     case = SHAPES[0]
     inputs = case.inputs(torch.bfloat16, "cuda")
-    seq, sizes = case.sequence(), {"block_size": case.block_size, "top_k": case.top_k}
+    seq, sizes = case.sequence(), case.routing
 
     def layer(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         out, lse = moba_attention(q * 2, k, v, seq, **sizes)

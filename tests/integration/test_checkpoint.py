@@ -73,14 +73,18 @@ def data(root):
     return corpus(root / "data")
 
 
+CONVOLVED = ["attention.key_conv=3"]
+
+
 @pytest.fixture(scope="module")
 def one_process(root, data):
-    """(straight, resumed) curves of one process; its checkpoint of step STOP stays in root/one."""
-    return _curves(1, data, root, {"one": []})["one"]
+    """By name, (straight, resumed) curves of one process; its checkpoint of step STOP stays in root/(name)."""
+    return _curves(1, data, root, {"one": [], "convolved": CONVOLVED})
 
 
-def test_one_process_resumes_bit_identically(one_process):
-    straight, resumed = one_process
+@pytest.mark.parametrize("name", ["one", "convolved"])
+def test_one_process_resumes_bit_identically(one_process, name):
+    straight, resumed = one_process[name]
     assert resumed == straight
 
 
@@ -101,16 +105,30 @@ def test_a_switch_of_attention_changes_nothing_before_it(two_ranks):
     assert switched[2] != plain[2]
 
 
-def test_saved_by_one_loaded_by_two(root, data, one_process):
-    layouts = {
-        "data": [],
-        "tensor": ["parallel.tensor=2"],
-        "pipeline": ["parallel.pipeline=2"],
-        "context": ["parallel.context=2"],
-    }
-    starts = {name: (root / "one", overrides) for name, overrides in layouts.items()}
-    for found in run_distributed(_resume_elsewhere, 2, data, root, starts)[0].values():
-        _assert_same(found, one_process[0][STOP:])
+LAYOUTS = {
+    "one, data": [],
+    "one, tensor": ["parallel.tensor=2"],
+    "one, pipeline": ["parallel.pipeline=2"],
+    "one, context": ["parallel.context=2"],
+    "convolved, tensor": [*CONVOLVED, "parallel.tensor=2"],
+}
+WEIGHTS = {
+    "one, weights": ["checkpoint.load_weights_only=true"],
+    "one, weights, convolution": ["checkpoint.load_weights_only=true", *CONVOLVED],
+}
+
+
+@pytest.fixture(scope="module")
+def elsewhere(root, data, one_process):
+    """Curves of two ranks that start from one process's checkpoints, by layout."""
+    starts = {name: (root / name.partition(",")[0], overrides) for name, overrides in (LAYOUTS | WEIGHTS).items()}
+    return run_distributed(_resume_elsewhere, 2, data, root, starts, timeout=240)[0]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_saved_by_one_loaded_by_two(one_process, elsewhere, layout):
+    straight, _ = one_process[layout.partition(",")[0]]
+    _assert_same(elsewhere[layout], straight[STOP:])
 
 
 def test_saved_by_two_loaded_by_one(root, data, two_ranks):
@@ -223,3 +241,23 @@ def test_what_the_optimizer_and_data_position_depend_on_may_not_change(root, dat
             data, root / "new", f"checkpoint.load={root / 'one'}", "checkpoint.load_weights_only=true", override
         )
     )
+
+
+@pytest.mark.parametrize("start, width", [("one", 3), ("convolved", 4), ("convolved", 0)])
+def test_key_convolutions_are_neither_dropped_nor_begun_by_accident(root, data, one_process, start, width):
+    load = [f"checkpoint.load={root / start}", f"attention.key_conv={width}"]
+    with pytest.raises(ConfigError) as caught:
+        checkpoint.check(small_config(data, root / "new", *load))
+    assert caught.value.key == "attention.key_conv"
+    weights_only = small_config(data, root / "new", *load, "checkpoint.load_weights_only=true")
+    if start == "one":
+        checkpoint.check(weights_only)
+    else:
+        with pytest.raises(ConfigError, match="trained with 3"):
+            checkpoint.check(weights_only)
+
+
+def test_a_checkpoint_without_key_convolutions_starts_them_as_the_identity(elsewhere):
+    without, convolved = elsewhere["one, weights"], elsewhere["one, weights, convolution"]
+    assert convolved[0][0] == without[0][0]
+    assert convolved[1][0] != without[1][0]

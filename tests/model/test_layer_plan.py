@@ -32,6 +32,20 @@ def test_dense_ends_win_over_the_pattern():
     assert kinds(3, pattern="moba", dense_first_layers=3, dense_last_layers=3) == "fff"
 
 
+def test_gate_options_reach_every_layer_and_the_description():
+    plan = layer_plan(AttentionConfig(pattern="moba,full", force_previous_block=True, share_picks_in_group=True), 2)
+    routing = {"block_size": 64, "top_k": 4, "force_previous_block": True, "share_picks_in_group": True}
+    assert [layer.routing for layer in plan] == [routing, routing]
+    assert describe(plan) == "moba*1(64,4,previous,shared), full*1"
+
+
+def test_a_forced_previous_block_needs_two_picks():
+    with pytest.raises(ConfigError) as caught:
+        layer_plan(AttentionConfig(pattern="full,moba", top_k=1, force_previous_block=True), 2)
+    assert caught.value.key == "attention.top_k"
+    layer_plan(AttentionConfig(pattern="full", top_k=1, force_previous_block=True), 2)
+
+
 def test_layers_carry_their_block_size_and_top_k():
     plan = layer_plan(AttentionConfig(pattern="moba,full", block_size=32, top_k=5), 2)
     assert [(layer.kind, layer.block_size, layer.top_k) for layer in plan] == [
@@ -52,6 +66,11 @@ def test_dense_counts_beyond_the_model_are_refused(key, count):
     with pytest.raises(ConfigError) as caught:
         layer_plan(AttentionConfig(**{key: count}), 4)
     assert caught.value.key == f"attention.{key}"
+
+
+def test_auto_is_no_number_of_layers():
+    with pytest.raises(ConfigError, match="measured at the start"):
+        layer_plan(AttentionConfig(dense_last_layers="auto"), 4)
 
 
 def test_describe_counts_neighbours():

@@ -77,6 +77,7 @@ def _one_process(rank, world_size):
     from megatron.core import parallel_state
 
     from moba_train.model.core_attention import CoreAttention, set_layer_plan
+    from moba_train.model.key_conv import KeyConv
 
     found = {"parameters": {}}
     for name, model in VARIANTS.items():
@@ -95,13 +96,39 @@ def _one_process(rank, world_size):
         with torch.no_grad():
             return chunk(tokens, positions[None], None, packed_seq_params=row)
 
+    parallel_state.destroy_model_parallel()
+    (convolved,) = _build(dataclasses.replace(CONFIG, attention=dataclasses.replace(CONFIG.attention, key_conv=3)))
+    found["parameters"]["key_conv"] = sum(p.numel() for p in convolved.parameters())
+    convolutions = [module for module in convolved.modules() if isinstance(module, KeyConv)]
+    found["convolutions"] = len(convolutions)
+    chunk.load_state_dict(convolved.state_dict(), strict=False)
+
+    def convolved_logits(seen=tokens, **attention):
+        set_layer_plan([convolved], layer_plan(AttentionConfig(**attention), MODEL.num_layers))
+        with torch.no_grad():
+            return convolved(seen, positions[None], None, packed_seq_params=row)
+
+    found["identity"] = (convolved_logits(pattern="moba", block_size=8, top_k=2), logits(block_size=8, top_k=2))
+    generator = torch.Generator().manual_seed(0)
+    for module in convolutions:
+        module.weight.data.normal_(std=50, generator=generator)  # keys are small under initial weights
+    found["convolved"] = convolved_logits(pattern="full")
+    found["convolved, sparsity zero"] = convolved_logits(pattern="moba", block_size=8, top_k=5)
+    changed = tokens.clone()
+    changed[0, :40] = 3
+    found["convolved, other neighbour"] = convolved_logits(changed, pattern="full")
+    options = {"pattern": "moba", "block_size": 8, "top_k": 3}
+    found["options"] = [
+        logits(**options),
+        logits(**options, force_previous_block=True),
+        logits(**options, share_picks_in_group=True),
+    ]
+
     found["full"] = logits(pattern="full")
     found["sparse"] = logits(pattern="moba", block_size=8, top_k=2)
     found["sparsity zero"] = logits(pattern="moba", block_size=8, top_k=5)
     found["full again"] = logits(pattern="full")
     with torch.no_grad():  # the second document's logits, when the first holds other tokens
-        changed = tokens.clone()
-        changed[0, :40] = 3
         found["other neighbour"] = chunk(changed, positions[None], None, packed_seq_params=row)
     return found
 
@@ -133,6 +160,31 @@ def built():
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_parameters_are_as_many_as_estimated(built, variant):
     assert built["parameters"][variant] == parameter_count(VARIANTS[variant])
+
+
+def test_key_convolutions_are_counted_and_in_every_layer(built):
+    assert built["parameters"]["key_conv"] == parameter_count(MODEL, key_conv=3)
+    assert built["convolutions"] == MODEL.num_layers
+
+
+def test_key_convolutions_start_as_the_identity(built):
+    with_zeros, without = built["identity"]
+    assert torch.equal(with_zeros, without)
+    assert (built["convolved"] - built["full"]).abs().max() > 1e-3
+
+
+def test_sparsity_zero_is_full_attention_over_convolved_keys_too(built):
+    assert_close(built["convolved, sparsity zero"], built["convolved"], torch.float32)
+
+
+def test_a_convolution_does_not_see_the_neighbouring_document(built):
+    assert torch.equal(built["convolved, other neighbour"][:, 40:], built["convolved"][:, 40:])
+
+
+def test_gate_options_reach_the_op(built):
+    plain, forced, shared = built["options"]
+    assert not torch.equal(plain, forced)
+    assert not torch.equal(plain, shared)
 
 
 def test_layers_are_numbered_from_one_and_follow_the_plan(built):
