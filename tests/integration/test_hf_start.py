@@ -8,7 +8,7 @@ import torch
 
 from moba_train.config.compose import compose
 from moba_train.config.schema import ConfigError
-from moba_train.train import checkpoint
+from moba_train.train import checkpoint_folder
 from moba_train.train.convert import core_to_hf, hf_to_core
 from moba_train.train.hf_start import check_hf_start
 from tests.helpers.hf import hf_logits, write_folder
@@ -140,7 +140,7 @@ def test_a_trained_run_is_exported_and_is_the_same_model_in_transformers(layout,
     assert config["max_position_embeddings"] == 128  # trained at that
     assert [layer["kind"] for layer in config["moba"]["layers"]] == ["moba", "full"]
     assert (back / "tokenizer.json").is_file()
-    assert "yarn" in checkpoint.read_metadata(run / "checkpoints" / "step_00000002").rope
+    assert "yarn" in checkpoint_folder.read_metadata(run / "checkpoints" / "step_00000002").rope
     assert_close(started["logits"][layout], hf_logits(back, TOKENS, [len(TOKENS)]), torch.float32)
 
 
@@ -168,5 +168,5 @@ def test_what_does_not_fit_is_refused_before_the_launch(started, root, data, fol
     assert "prepare_data.py --tokenizer" in str(refusal(check_hf_start, f"checkpoint.init_from_hf={other}"))
     shape = _shape_overrides(config_of(data, root, start).model)
     converted = f"checkpoint.load={root / 'core'}"
-    assert refusal(checkpoint.check, converted, *shape).key == "checkpoint.load_weights_only"
-    checkpoint.check(config_of(data, tmp_path / "run", converted, "checkpoint.load_weights_only=true", *shape))
+    assert refusal(checkpoint_folder.check, converted, *shape).key == "checkpoint.load_weights_only"
+    checkpoint_folder.check(config_of(data, tmp_path / "run", converted, "checkpoint.load_weights_only=true", *shape))

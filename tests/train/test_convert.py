@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moba_train.config.schema import ConfigError
-from moba_train.train import checkpoint
+from moba_train.train import checkpoint_folder
 from moba_train.train.convert import core_to_hf, hf_to_core
 from tests.helpers.hf import FAMILIES, write_folder
 
@@ -87,7 +87,7 @@ def test_the_moba_section_is_carried_as_the_plan(sharded, tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     hf_to_core(folder, tmp_path / "core")
     step = tmp_path / "core" / "checkpoints" / "step_00000000"
-    assert checkpoint.read_metadata(step).plan == layers
+    assert checkpoint_folder.read_metadata(step).plan == layers
     core_to_hf(tmp_path / "core", tmp_path / "back")
     assert json.loads((tmp_path / "back" / "config.json").read_text()) == config
     (folder / "config.json").write_text(json.dumps(config | {"moba": {"layers": layers[:1]}}))
