@@ -15,6 +15,7 @@ from moba_train import device as devices
 from moba_train.config.schema import RunConfig
 from moba_train.data.info import dataset_info
 from moba_train.model.layer_plan import describe, layer_plan, plan_phases
+from moba_train.parallel.watchdog import Watched, phase
 from moba_train.train import checkpoint
 from moba_train.train.dry_run import print_plan
 from moba_train.train.metrics import Metrics, read_metrics
@@ -35,8 +36,9 @@ def pretrain(config: RunConfig) -> int:
         if first:
             print_plan(config, world_size)
         return 0
-    _train(setup(config), _StopSignal())
-    close()  # not after an error: leaving the group waits for ranks that may be stuck; the launcher ends them
+    with Watched(config.parallel.timeout_s):
+        _train(setup(config), _StopSignal())
+        close()  # not after an error: leaving the group waits for ranks that may be stuck; the launcher ends them
     return 0
 
 
@@ -101,6 +103,7 @@ def _train(run: Run, stop: _StopSignal) -> None:
         metrics.close()
     if first and not stopped:
         _summarise(run, clock)
+    phase("end of the run")
     dist.barrier()
 
 

@@ -28,6 +28,7 @@ from moba_train.model.layer_plan import plan_phases
 from moba_train.model.rope import inverse_frequencies
 from moba_train.parallel import groups as mesh
 from moba_train.parallel.seed import seed_everything
+from moba_train.parallel.watchdog import phase
 from moba_train.train import checkpoint
 from moba_train.train.optimizer import build_optimizer, build_scheduler
 
@@ -96,6 +97,7 @@ def _check_machine(config: RunConfig) -> None:
 
 def setup(config: RunConfig) -> Run:
     """Build the run on this process; `preflight` has passed."""
+    phase("setup: process groups")
     devices.prepare()
     device = devices.local_device()
     groups = mesh.initialize(config.parallel, devices.collective_backend(), device)
@@ -103,9 +105,11 @@ def setup(config: RunConfig) -> Run:
     folder = _shared_folder(config)
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(folder)))
 
+    phase("setup: model")
     chunks = build_model(config, groups, device)
     optimizer = build_optimizer(config, chunks)
     batch = config.train.global_batch_size
+    phase("setup: data")
     data = build_datasets(
         config.data,
         sequence_length=config.train.sequence_length,
@@ -125,6 +129,7 @@ def setup(config: RunConfig) -> Run:
         loader=Loader(data.train, global_batch_size=batch, dp_rank=groups.data.rank, dp_size=groups.data.size),
         frequencies=inverse_frequencies(config.model).to(device),
     )
+    phase("setup: checkpoint")
     checkpoint.restore(run)
     return run
 
