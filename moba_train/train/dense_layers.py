@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from moba_train.config.schema import RunConfig
 from moba_train.model.layer_plan import LayerAttention, LayerKind, layer_plan
-from moba_train.train.checkpoint import find_start, read_metadata
+from moba_train.train.checkpoint_folder import find_start, read_metadata
 from moba_train.train.gradient_density import GradientDensity, density_of
 from moba_train.train.observe import observe, sample_rows
 from moba_train.train.setup import Run

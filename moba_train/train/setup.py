@@ -29,7 +29,7 @@ from moba_train.model.layer_plan import plan_phases
 from moba_train.model.rope import Frequencies, inverse_frequencies
 from moba_train.parallel import groups as mesh
 from moba_train.parallel.seed import seed_everything
-from moba_train.train import checkpoint
+from moba_train.train import checkpoint, checkpoint_folder
 from moba_train.train.hf_start import carry_over, check_hf_start, load_hf_start
 from moba_train.train.optimizer import build_optimizer, build_scheduler
 
@@ -77,7 +77,7 @@ def preflight(config: RunConfig) -> int:
         if config.sft.path is None:
             check_data(config.data, vocab_size=vocab_size, sequence_length=length)
         _check_machine(config)
-        checkpoint.check(config)
+        checkpoint_folder.check(config)
         check_hf_start(config)
         if config.sft.path is not None:  # last: it may take a while
             check_sft(config.sft, config.data, vocab_size, length, config.parallel.timeout_s)
