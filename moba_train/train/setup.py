@@ -22,7 +22,7 @@ from moba_train.config.schema import ConfigError, RunConfig
 from moba_train.config.validate import min_world_size, validate
 from moba_train.data.loader import Loader
 from moba_train.data.pretrain import PretrainData, build_datasets
-from moba_train.data.sft import SftData, build_sft, check_sft
+from moba_train.data.sft import RUN_TOKENIZER, SftData, build_sft, check_sft
 from moba_train.data.validate import check_data
 from moba_train.model.build import build_model
 from moba_train.model.layer_plan import plan_phases
@@ -130,6 +130,8 @@ def setup(config: RunConfig) -> Run:
         loader=Loader(data.train, global_batch_size=batch, dp_rank=groups.data.rank, dp_size=groups.data.size),
         frequencies=inverse_frequencies(config.model, config.train.sequence_length).to(device),
     )
+    if isinstance(data, SftData) and groups.world_rank == 0:
+        data.tokenizer.save(folder / RUN_TOKENIZER)
     phase("setup: checkpoint")
     if checkpoint.restore(run):
         carry_over(run)
