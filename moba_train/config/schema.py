@@ -28,6 +28,7 @@ __all__ = [
     "RopeScaling",
     "RunConfig",
     "RunDirConfig",
+    "SftConfig",
     "TrainConfig",
     "WandbConfig",
     "from_dict",
@@ -127,7 +128,8 @@ class AttentionConfig:
     block_size: int = 64
     top_k: int = 4  # blocks a query attends to, its own included
     dense_first_layers: int = 0
-    dense_last_layers: int = 0
+    dense_last_layers: int | str = 0  # a number | auto: measured at the start (train/dense_layers.py)
+    dense_target: float | None = None  # of auto: share of full attention's direct gradient density; None: 0.5
     full_layers: tuple[int, ...] = ()  # layers, numbered from 0, that are full whatever the pattern says
     overrides: tuple[LayerOverride, ...] = ()
     schedule: tuple[AttentionPhase, ...] = ()  # before the first phase begins, the keys above alone hold
@@ -167,6 +169,7 @@ class TrainConfig:
     validate_every: int = 0  # steps; 0: only at the end
     validation_batches: int = 8  # global batches per validation
     seed: int = 1234
+    freeze: tuple[str, ...] = ()  # shell patterns of parameter names that do not train, layers numbered from 0
 
 
 @dataclass(frozen=True)
@@ -178,6 +181,21 @@ class DataConfig:
     mode: str = "packed"  # packed: documents kept apart | concatenated: one document per row
     seed: int = 1234
     cache_dir: str | None = None  # of the sample indices; None: beside the data
+
+
+@dataclass(frozen=True)
+class SftConfig:
+    """Fine-tuning on chat rows (launch/sft.py), in place of data.path; off while `path` is not given."""
+
+    path: str | None = None  # a file, folder or glob of .jsonl or .parquet
+    valid_path: str | None = None  # None: a part of the rows of `path`
+    valid_fraction: float | None = None  # of the rows, chosen by a hash; None: 0.05 where there is no valid_path
+    tokenizer: str | None = None  # a pretrained folder, or tokenizer/ of a prepared one
+    chat_template: str | None = None  # a jinja file; None: the tokenizer's own, else a built-in one
+    last_turn_only: bool = False  # loss on the last assistant turn alone
+    overlong: str = "refuse"  # rows longer than the context: refuse | truncate | drop
+    packing: str = "first_fit_decreasing"  # first_fit_decreasing | sequential | none
+    loss_weighting: str = "token"  # what weighs the same: token | sample (a row) | document (rows of one source)
 
 
 @dataclass(frozen=True)
@@ -214,6 +232,8 @@ class MetricsConfig:
 
     log_every: int = 1
     position_buckets: int = 16  # of loss_by_position.png
+    gate_every: int = 0  # steps; 0: never. Keys gate/... and gradient_density/..., picture gate.png
+    gate_per_head: bool = False  # the same for every head
 
 
 @dataclass(frozen=True)
@@ -245,11 +265,16 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    sft: SftConfig = field(default_factory=SftConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
     run: RunDirConfig = field(default_factory=RunDirConfig)
+
+    def with_dense_last_layers(self, number: int) -> RunConfig:
+        """The same run with a number of dense last layers, where `auto` stood."""
+        return dataclasses.replace(self, attention=dataclasses.replace(self.attention, dense_last_layers=number))
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -281,10 +306,11 @@ def unknown_key(key: str, value: Any, known: typing.Iterable[str]) -> ConfigErro
 
 
 def _convert(value: Any, hint: Any, key: str) -> Any:
-    if isinstance(hint, types.UnionType):  # X | None
-        if value is None:
+    if isinstance(hint, types.UnionType):  # X | None, or int | str
+        if value is None and type(None) in typing.get_args(hint):
             return None
-        hint = next(h for h in typing.get_args(hint) if h is not type(None))
+        kinds = [h for h in typing.get_args(hint) if h is not type(None)]
+        hint = next((h for h in kinds if h is type(value)), kinds[0])
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
             raise ConfigError(key, value, "expects a group of keys, not a single value")

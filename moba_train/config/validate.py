@@ -6,11 +6,12 @@ and train/checkpoint.py: train/setup.py calls them all.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from typing import Any
 
 from moba_train.config.huggingface import check_rope
-from moba_train.config.schema import ConfigError, RunConfig
+from moba_train.config.schema import ConfigError, RunConfig, SftConfig
 
 __all__ = ["data_parallel_size", "min_world_size", "validate"]
 
@@ -24,6 +25,9 @@ _CHOICES = {
     "parallel.full_context_strategy": (None, "all_gather", "all_to_all", "ring"),
     "parallel.recompute": ("none", "selective", "full"),
     "data.mode": ("packed", "concatenated"),
+    "sft.overlong": ("refuse", "truncate", "drop"),
+    "sft.packing": ("first_fit_decreasing", "sequential", "none"),
+    "sft.loss_weighting": ("token", "sample", "document"),
     "optim.schedule": ("cosine", "wsd", "constant"),
     "wandb.mode": ("disabled", "offline", "online"),
 }
@@ -36,7 +40,7 @@ _AT_LEAST = {
         "metrics.position_buckets"
     ),
     0: (
-        "attention.dense_first_layers attention.dense_last_layers attention.key_conv train.validate_every "
+        "attention.dense_first_layers attention.key_conv metrics.gate_every train.validate_every "
         "checkpoint.save_every optim.warmup_steps optim.weight_decay optim.clip_grad optim.min_learning_rate"
     ),
 }
@@ -84,6 +88,7 @@ def validate(config: RunConfig, world_size: int) -> None:
             f"parallel.pipeline={config.parallel.pipeline}",
         )
     _check_training(config)
+    _check_sft(config)
 
 
 def _check_model(config: RunConfig) -> None:
@@ -183,13 +188,7 @@ def _check_parallel(config: RunConfig) -> None:
 
 def _check_training(config: RunConfig) -> None:
     optim, train = config.optim, config.train
-    for count in ("dense_first_layers", "dense_last_layers"):
-        _require(
-            config,
-            f"attention.{count}",
-            getattr(config.attention, count) <= config.model.num_layers,
-            f"the model has {config.model.num_layers} layers",
-        )
+    _check_dense_layers(config)
     for key in ("optim.learning_rate", "optim.epsilon", "model.rope_base", "model.norm_epsilon", "model.init_std"):
         _require(config, key, _get(config, key) > 0, "must be positive")
     for key in ("optim.beta1", "optim.beta2"):
@@ -222,6 +221,52 @@ def _check_training(config: RunConfig) -> None:
         config.checkpoint.init_from_hf is None or config.checkpoint.load is None,
         "checkpoint.load is given too; start from one of them",
     )
+
+
+def _check_dense_layers(config: RunConfig) -> None:
+    attention, layers = config.attention, config.model.num_layers
+    _require(
+        config, "attention.dense_first_layers", attention.dense_first_layers <= layers, f"the model has {layers} layers"
+    )
+    last, target = attention.dense_last_layers, attention.dense_target
+    number = isinstance(last, int) and 0 <= last <= layers
+    _require(config, "attention.dense_last_layers", number or last == "auto", f"choose 0 to {layers} layers, or auto")
+    _require(config, "attention.dense_target", target is None or 0 < target <= 1, "must lie in (0, 1]")
+    _require(
+        config, "attention.dense_target", target is None or last == "auto", "needs attention.dense_last_layers=auto"
+    )
+    metrics = config.metrics
+    _require(
+        config,
+        "metrics.gate_per_head",
+        not metrics.gate_per_head or metrics.gate_every > 0,
+        "nothing is measured: set metrics.gate_every to a number of steps",
+    )
+
+
+def _check_sft(config: RunConfig) -> None:
+    sft = config.sft
+    if sft.path is None:
+        for name, value in dataclasses.asdict(sft).items():
+            unset = value == getattr(SftConfig(), name)
+            _require(config, f"sft.{name}", unset, "means nothing without chat rows: give sft.path, or leave it out")
+        return
+    for key in ("data.path", "data.blend"):
+        _require(
+            config, key, _get(config, key) is None, f"the rows come from sft.path={sft.path!r}; drop one of the two"
+        )
+    _require(config, "data.mode", config.data.mode == "packed", "chat rows are kept apart: leave it at packed")
+    _require(
+        config,
+        "sft.tokenizer",
+        sft.tokenizer is not None,
+        "name a pretrained folder, or the tokenizer/ of a prepared one (such as data/stdlib/tokenizer)",
+    )
+    if sft.valid_fraction is not None:
+        _require(
+            config, "sft.valid_fraction", sft.valid_path is None, "sft.valid_path is given too; drop one of the two"
+        )
+        _require(config, "sft.valid_fraction", 0 < sft.valid_fraction < 1, "must lie between 0 and 1, both left out")
 
 
 def _get(config: RunConfig, key: str) -> Any:

@@ -43,7 +43,7 @@ from moba_train.model.layer_plan import LayerAttention, LayerKind, Plan, layer_p
 from moba_train.model.rope import Frequencies, inverse_frequencies
 from moba_train.parallel import groups as mesh
 from moba_train.parallel.seed import seed_everything
-from moba_train.train import checkpoint
+from moba_train.train import checkpoint, checkpoint_folder
 from moba_train.train.convert import CARRIED
 
 __all__ = [
@@ -101,15 +101,15 @@ def find_source(path: str, overrides: list[str]) -> Source:
         raise ConfigError(_KEY, path, "no such folder; give a run folder, a step folder or a Hugging Face folder")
     if (folder / "config.json").is_file():
         return _hf_source(folder.resolve(), overrides)
-    folder = checkpoint.locate(folder, _KEY).resolve()
-    metadata = checkpoint.read_metadata(folder)
+    folder = checkpoint_folder.locate(folder, _KEY).resolve()
+    metadata = checkpoint_folder.read_metadata(folder)
     trained: RunConfig = from_dict(metadata.config)
     start = CheckpointConfig(load=str(folder), load_weights_only=True, resume=False)
     count = trained.model.num_layers
     plan = tuple(_layer(folder, {"layers": metadata.plan}, index, count) for index in range(count))
     attention = _attention_of(folder, plan, trained.attention)
     config = _for_asking(dataclasses.replace(trained, checkpoint=start, attention=attention), overrides)
-    checkpoint.check(config)
+    checkpoint_folder.check(config)
     return Source(
         path=folder,
         config=config,
@@ -188,7 +188,7 @@ def _hf_source(folder: Path, overrides: list[str]) -> Source:
     )
     for key, theirs in dataclasses.asdict(shape).items():
         ours = getattr(config.model, key)
-        if key in checkpoint.MODEL_SHAPE and ours != theirs:
+        if key in checkpoint_folder.MODEL_SHAPE and ours != theirs:
             raise ConfigError(f"model.{key}", ours, f"the model in {folder} has {theirs}; leave it as it is")
     plan = layer_plan(config.attention, shape.num_layers)
     return Source(folder, config, plan, length, folder if tokenizer_files(folder) else None, tensors=tensors)

@@ -12,6 +12,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moba_train.config.schema import RunConfig
+from moba_train.model.freeze import freeze_parameters
 from moba_train.model.layer_plan import layer_plan
 from moba_train.model.specs import block_spec
 from moba_train.parallel.groups import Groups
@@ -117,10 +118,16 @@ def build_model(config: RunConfig, groups: Groups, device: torch.device) -> list
         overlap_param_gather=overlap and config.parallel.distributed_optimizer,
         check_for_nan_in_grad=True,
     )
-    chunks = []
-    for stage in range(config.parallel.virtual_pipeline):
-        model: torch.nn.Module = build_gpt(config, transformer, groups, device, stage)
-        if transformer.bf16:
-            model = Float16Module(transformer, model)
-        chunks.append(DistributedDataParallel(transformer, ddp, model, disable_bucketing=stage > 0))
-    return chunks
+    models = [
+        build_gpt(config, transformer, groups, device, stage) for stage in range(config.parallel.virtual_pipeline)
+    ]
+    freeze_parameters(models, config.train.freeze, recompute=config.parallel.recompute != "none")
+    return [
+        DistributedDataParallel(
+            transformer,
+            ddp,
+            Float16Module(transformer, model) if transformer.bf16 else model,
+            disable_bucketing=stage > 0,
+        )
+        for stage, model in enumerate(models)
+    ]

@@ -39,7 +39,7 @@ class TensorInfo:
 
 
 class HFTensors:
-    """The tensors of a folder by Hugging Face's names. `read` gives one, mapped from its file.
+    """The tensors of a folder by Hugging Face's names. `read` gives one.
 
     left_out: how many rotary tables the folder holds besides; they are computed from config.json.
     """
@@ -51,13 +51,13 @@ class HFTensors:
         self._open: tuple[str, Any] | None = None
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor, on the CPU and in its stored dtype."""
+        """One tensor, on the CPU and in its stored dtype; a copy, which keeps no shard mapped."""
         file = self.infos[name].file
         if self._open is None or self._open[0] != file:
             self.close()
             self._open = (file, safe_open(self.folder / file, framework="pt"))
         tensor: torch.Tensor = self._open[1].get_tensor(name)
-        return tensor
+        return tensor.clone()
 
     def close(self) -> None:
         """Unmap the shard that is open."""

@@ -1,10 +1,6 @@
 """Checkpoints by megatron-core's dist_checkpointing: saved in one layout, loaded in another.
 
-    run.dir/checkpoints/step_00000100/   sharded weights, optimizer, schedule, random state; moba_train.json beside them
-    run.dir/checkpoints/latest           name of the newest complete checkpoint, written last and atomically
-
-moba_train.json holds the resolved configuration, the layer plan, the step and the data position, and a manifest (size
-and CRC-32 of every file), so that a truncated or altered file is named before anything is loaded from it.
+What a checkpoint folder holds and which one a run starts from: checkpoint_folder.py.
 """
 
 from __future__ import annotations
@@ -13,7 +9,7 @@ import inspect
 import json
 import logging
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,185 +20,30 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import unwrap_model
 
 from moba_train.config.schedule import PLAN_KEYS
-from moba_train.config.schema import AttentionConfig, ConfigError, ModelConfig, RunConfig, to_dict
+from moba_train.config.schema import AttentionConfig, RunConfig, to_dict
 from moba_train.model.key_conv import KEY_CONV_PREFIX
 from moba_train.model.layer_plan import layer_plan
 from moba_train.model.rope import describe_rope
 from moba_train.parallel.seed import load_random_state, random_state
-from moba_train.train.files import checksum, gather_checksums, signals_held, write_durably
+from moba_train.train.checkpoint_folder import (
+    Metadata,
+    complete_checkpoints,
+    corrupt,
+    find_start,
+    key_conv_width,
+    loads_weights_only,
+    point_latest,
+    read_metadata,
+    write_metadata,
+)
+from moba_train.train.files import gather_checksums, signals_held
 
 if TYPE_CHECKING:
     from moba_train.train.setup import Run
 
-__all__ = [
-    "MODEL_SHAPE",
-    "CheckpointError",
-    "Metadata",
-    "check",
-    "check_files",
-    "find_start",
-    "load_weights",
-    "locate",
-    "manifest_of",
-    "point_latest",
-    "read_metadata",
-    "restore",
-    "save",
-    "write_metadata",
-]
+__all__ = ["load_weights", "restore", "save"]
 
 _LOG = logging.getLogger(__name__)
-_METADATA = "moba_train.json"
-# What must be equal for a checkpoint's weights to fit; rope, init and implementation may change.
-MODEL_SHAPE = [
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "vocab_size",
-    "qk_norm",
-    "qkv_bias",
-    "tie_embeddings",
-]
-
-
-class CheckpointError(ConfigError):
-    """A checkpoint that cannot be read: which file, and where else to start from."""
-
-
-@dataclass(frozen=True)
-class Metadata:
-    """What moba_train.json says. manifest: file name -> [size in bytes, CRC-32]."""
-
-    step: int
-    tokens: int
-    data: dict[str, Any]
-    config: dict[str, Any]
-    plan: list[dict[str, Any]]
-    world_size: int
-    manifest: dict[str, list[int]]
-    rope: str = ""  # the effective base and scale, as the log says them
-    weights_only: bool = False  # no optimizer, schedule or data position: a converted checkpoint
-
-
-def find_start(config: RunConfig) -> Path | None:
-    """The checkpoint this run starts from: its own latest when resuming, else `checkpoint.load`, else none."""
-    if config.checkpoint.resume and config.run.dir is not None:
-        own = _latest(Path(config.run.dir) / "checkpoints")
-        if own is not None:
-            return own
-    if config.checkpoint.load is None:
-        return None
-    return locate(Path(config.checkpoint.load), "checkpoint.load")
-
-
-def locate(path: Path, key: str) -> Path:
-    """The step folder that `path` means: itself, or the latest of a run or checkpoints folder; else ConfigError."""
-    for folder in (path / "checkpoints", path):
-        if (found := _latest(folder)) is not None:
-            return found
-    if (path / _METADATA).is_file():
-        return path
-    raise ConfigError(
-        key, str(path), "no checkpoint there; give a run folder, its checkpoints folder, or one step folder"
-    )
-
-
-def check(config: RunConfig) -> None:
-    """Refuse a start that cannot work, without a process group: unreadable, truncated, or of another model shape."""
-    path = find_start(config)
-    if path is None:
-        return
-    metadata = read_metadata(path)
-    check_files(path, metadata)
-    _check_position(config, path, metadata)
-    _check_key_conv(config, path, metadata)
-    for key in MODEL_SHAPE:
-        # A checkpoint from before a key existed has its default.
-        theirs = metadata.config["model"].get(key, getattr(ModelConfig, key))
-        ours = getattr(config.model, key)
-        if theirs != ours:
-            raise ConfigError(
-                f"model.{key}",
-                ours,
-                f"the checkpoint {path} has {theirs}; choose the same model, or another checkpoint",
-            )
-
-
-def check_files(path: Path, metadata: Metadata, contents: bool = False) -> None:
-    """CheckpointError for the first file that is missing or of another size; with `contents`, of another checksum."""
-    for name, saved in metadata.manifest.items():
-        file = path / name
-        if not file.is_file() or file.stat().st_size != saved[0]:
-            found = f"{file.stat().st_size} bytes" if file.is_file() else "missing"
-            raise _corrupt(path, f"{name} should have {saved[0]} bytes and is {found}")
-        if contents and checksum(file) != saved:
-            raise _corrupt(path, f"{name} is not the file that was saved (its checksum differs)")
-
-
-def write_metadata(folder: Path, metadata: Metadata) -> None:
-    """Write moba_train.json of a checkpoint folder, whole or not at all."""
-    write_durably(folder / _METADATA, json.dumps(asdict(metadata), indent=1))
-
-
-def manifest_of(folder: Path) -> dict[str, list[int]]:
-    """[size, CRC-32] of every file in `folder`."""
-    return {file.name: checksum(file) for file in sorted(folder.iterdir())}
-
-
-def _check_key_conv(config: RunConfig, path: Path, metadata: Metadata) -> None:
-    """Learned convolutions are never dropped; missing ones start as the identity, with a fresh optimizer."""
-    theirs, ours = _key_conv(metadata), config.attention.key_conv
-    if theirs not in (0, ours):
-        raise ConfigError("attention.key_conv", ours, f"the checkpoint {path} was trained with {theirs}; use it")
-    if theirs != ours and not _weights_only(config, path):
-        remedy = (
-            f"the checkpoint {path} has none; begin with its weights, the convolution as identity, in a new run: "
-            "checkpoint.load_weights_only=true with checkpoint.load"
-        )
-        raise ConfigError("attention.key_conv", ours, remedy)
-
-
-def _key_conv(metadata: Metadata) -> int:
-    return metadata.config["attention"].get("key_conv", 0)
-
-
-def _is_own(config: RunConfig, path: Path) -> bool:
-    return config.run.dir is not None and path.is_relative_to(Path(config.run.dir))
-
-
-def _weights_only(config: RunConfig, path: Path) -> bool:
-    return config.checkpoint.load_weights_only and not _is_own(config, path)
-
-
-def _check_position(config: RunConfig, path: Path, metadata: Metadata) -> None:
-    """A full load takes over optimizer and data position: what they depend on must be the checkpoint's."""
-    if metadata.weights_only and (_is_own(config, path) or not config.checkpoint.load_weights_only):
-        what = f"{path} was converted and holds weights alone: "
-        raise ConfigError(
-            "checkpoint.load_weights_only", False, what + "set it to true, with checkpoint.load, in another run.dir"
-        )
-    if _weights_only(config, path):
-        return
-    fresh = "use it, or start from the weights alone: checkpoint.load_weights_only=true with checkpoint.load"
-    if not _is_own(config, path) and metadata.step >= config.train.steps:
-        more = f"the checkpoint {path} is at step {metadata.step} already; ask for more steps"
-        raise ConfigError("train.steps", config.train.steps, more)
-    for key in ("parallel.distributed_optimizer", "train.global_batch_size", "train.sequence_length", "data.mode"):
-        section, name = key.split(".")
-        theirs, ours = metadata.config[section].get(name), getattr(getattr(config, section), name)
-        if theirs != ours:
-            raise ConfigError(key, ours, f"the checkpoint {path} was trained with {theirs}; {fresh}")
-
-
-def read_metadata(path: Path) -> Metadata:
-    """moba_train.json of a checkpoint folder; CheckpointError when it is missing or damaged."""
-    try:
-        return Metadata(**json.loads((path / _METADATA).read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise _corrupt(path, f"{_METADATA}: {error}") from None
 
 
 def save(run: Run) -> Path:
@@ -243,7 +84,7 @@ def save(run: Run) -> Path:
         partial.rename(final)
         point_latest(final)
         # Later steps are left from a run that was started over; only what is older than this one ages.
-        older = [path for path in _complete(root) if path.name < final.name]
+        older = [path for path in complete_checkpoints(root) if path.name < final.name]
         for old in older[: len(older) - (run.config.checkpoint.keep_last - 1)]:
             shutil.rmtree(old)
     dist.barrier()
@@ -258,9 +99,9 @@ def restore(run: Run) -> bool:
         return False
     metadata = read_metadata(path)
     _verify(path, metadata)
-    weights_only = _weights_only(run.config, path)
+    weights_only = loads_weights_only(run.config, path)
     wanted = _sharded_state(run, loading=True, metadata=metadata, weights_only=weights_only)
-    starts_convolution = run.config.attention.key_conv > 0 and _key_conv(metadata) == 0
+    starts_convolution = run.config.attention.key_conv > 0 and key_conv_width(metadata) == 0
     if starts_convolution:
         # Exactly these keys are not there to be loaded; any other that is missing still fails.
         for index in range(len(run.chunks)):
@@ -302,12 +143,7 @@ def load_weights(path: Path, model: MegatronModule, data_context: dist.ProcessGr
 def _verify(path: Path, metadata: Metadata) -> None:
     for name, found in gather_checksums(path, sorted(metadata.manifest)).items():
         if found != metadata.manifest[name]:
-            raise _corrupt(path, f"{name} is not the file that was saved (its checksum differs)")
-
-
-def point_latest(folder: Path) -> None:
-    """Make the step folder the latest of its checkpoints folder."""
-    write_durably(folder.parent / "latest", folder.name)
+            raise corrupt(path, f"{name} is not the file that was saved (its checksum differs)")
 
 
 def _tell_other_plan(config: RunConfig, metadata: Metadata) -> None:
@@ -329,7 +165,15 @@ def _sharded_state(
     }
     if weights_only:
         return state
-    state["optimizer"] = run.optimizer.sharded_state_dict(dict(state), is_loading=loading, metadata=options)
+    weights = dict(state)
+    if run.config.train.freeze:
+        # Frozen parameters have no state: one tensor over all layers would have holes. Weights stay as they are.
+        apart = {**options, "non_homogeneous_layers": True}
+        weights = {
+            _chunk_key(run, index): unwrap_model(chunk).sharded_state_dict(metadata=apart)
+            for index, chunk in enumerate(run.chunks)
+        }
+    state["optimizer"] = run.optimizer.sharded_state_dict(weights, is_loading=loading, metadata=options)
     if not loading:
         state["scheduler"] = run.scheduler.state_dict()
     ours = to_dict(run.config.parallel)
@@ -358,27 +202,3 @@ def _same_layout(theirs: dict[str, Any], ours: dict[str, Any]) -> bool:
 
 def _chunk_key(run: Run, index: int) -> str:
     return "model" if len(run.chunks) == 1 else f"model{index}"
-
-
-def _latest(root: Path) -> Path | None:
-    marker = root / "latest"
-    if not marker.is_file():
-        return None
-    path = root / marker.read_text().strip()
-    if not path.is_dir():
-        raise _corrupt(path, "the folder that `latest` names is missing")
-    return path
-
-
-def _complete(root: Path) -> list[Path]:
-    return sorted(path for path in root.glob("step_*") if path.suffix != ".partial")
-
-
-def _corrupt(path: Path, what: str) -> CheckpointError:
-    others = [other.name for other in _complete(path.parent) if other != path]
-    instead = (
-        f"start from another: checkpoint.resume=false checkpoint.load={path.parent / others[-1]}"
-        if others
-        else "there is no other one beside it"
-    )
-    return CheckpointError("checkpoint", str(path), f"corrupt: {what}; {instead}")

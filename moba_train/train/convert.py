@@ -27,7 +27,7 @@ from moba_train.model.convert_hf import Rule, from_core, hf_shapes, rules, to_co
 from moba_train.model.hf_folder import HFTensors, load_hf_folder
 from moba_train.model.layer_plan import layer_plan
 from moba_train.model.rope import describe_rope, fixed_scaling
-from moba_train.train import checkpoint
+from moba_train.train import checkpoint_folder
 from moba_train.train.core_weights import CoreWeights, write_core_weights
 
 __all__ = ["CARRIED", "Summary", "carry_files", "core_to_hf", "hf_to_core"]
@@ -84,19 +84,19 @@ def hf_to_core(source: str | Path, target: str | Path, progress: Progress | None
         attention = AttentionConfig(pattern="full")
         config = RunConfig(recipe="hf-to-core", precision=precision, model=model, attention=attention)
         length = model.max_position_embeddings or config.train.sequence_length
-        metadata = checkpoint.Metadata(
+        metadata = checkpoint_folder.Metadata(
             step=0,
             tokens=0,
             data={"consumed_samples": 0},
             config=to_dict(config),
             plan=_carried_plan(read_config(source, "SRC"), model),
             world_size=1,
-            manifest=checkpoint.manifest_of(step),
+            manifest=checkpoint_folder.manifest_of(step),
             rope=describe_rope(model, length),
             weights_only=True,
         )
-        checkpoint.write_metadata(step, metadata)
-        checkpoint.point_latest(step)
+        checkpoint_folder.write_metadata(step, metadata)
+        checkpoint_folder.point_latest(step)
     used = hf_shapes(model)
     size = sum(_bytes(used[name], dtypes[name]) for name in used)
     notes = (f"left out {tensors.left_out} rotary tables, which config.json implies",) if tensors.left_out else ()
@@ -127,9 +127,9 @@ def core_to_hf(
     The shards are the imported folder's where there was one, else of at most `max_shard_bytes`. Weights keep the dtype
     they are stored in. ConfigError where something is missing, damaged or has no place in a Hugging Face model.
     """
-    step = checkpoint.locate(Path(source), "SRC")
-    metadata = checkpoint.read_metadata(step)
-    checkpoint.check_files(step, metadata, contents=True)
+    step = checkpoint_folder.locate(Path(source), "SRC")
+    metadata = checkpoint_folder.read_metadata(step)
+    checkpoint_folder.check_files(step, metadata, contents=True)
     model = from_dict(metadata.config["model"], ModelConfig, "SRC: model.")
     weights = CoreWeights(step)
     for problem in weights.problems(model):
@@ -238,7 +238,7 @@ def _shards(kept: Path, sizes: dict[str, int], limit: float) -> tuple[dict[str, 
     return {f"model-{at:05d}-of-{len(files):05d}.safetensors": names for at, names in enumerate(files, 1)}, True
 
 
-def _tokenizer_of_the_data(metadata: checkpoint.Metadata, folder: Path) -> tuple[int | None, str]:
+def _tokenizer_of_the_data(metadata: checkpoint_folder.Metadata, folder: Path) -> tuple[int | None, str]:
     """Copy the tokenizer of the data the run was trained on; its end-of-document id, and what to say about it."""
     data = metadata.config["data"]
     source = Path(data["path"] or next(iter(data["blend"] or {}), ""))

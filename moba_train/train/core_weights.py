@@ -139,7 +139,7 @@ class _StreamingPlanner(dcp.DefaultSavePlanner):
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
         if write_item.type is WriteItemType.BYTE_IO:
             empty = io.BytesIO()
-            torch.save(None, empty)
+            torch.save([None], empty)  # as megatron-core writes it: one a shard
             return empty
         part = self._parts[write_item.index]
         tensor = self._tensor_of(part.rule, part.layer)

@@ -13,6 +13,7 @@ from moba_train.model.rope import describe_rope
 from moba_train.train.estimate import memory_gib, parameter_count
 from moba_train.train.flops import matmul_flops_per_token, training_flops
 from moba_train.train.report import print_table
+from moba_train.train.setup import planned
 
 __all__ = ["print_plan"]
 
@@ -22,7 +23,8 @@ def print_plan(config: RunConfig, world_size: int) -> None:
     model, parallel, train = config.model, config.parallel, config.train
     dp = data_parallel_size(config, world_size)
     length = train.sequence_length
-    phases = plan_phases(config.attention, model.num_layers)
+    attention = planned(config).attention
+    phases = plan_phases(attention, model.num_layers)
     ends = [*(start for start, _ in phases[1:]), train.steps]
     costs = [training_flops(model, plan, [length]) / length for _, plan in phases]
     shares = [(end - start) / train.steps for (start, _), end in zip(phases, ends, strict=True)]
@@ -35,7 +37,7 @@ def print_plan(config: RunConfig, world_size: int) -> None:
     print_table(
         f"{config.recipe}: {model.name} on {world_size} GPUs",
         [
-            *_plan_rows(phases, ends, costs),
+            *_plan_rows(phases, ends, costs, "" if attention == config.attention else ", before auto chooses"),
             ("rotary embedding", describe_rope(model, length)),
             (
                 "tensor x pipeline x context x data",
@@ -56,13 +58,15 @@ def print_plan(config: RunConfig, world_size: int) -> None:
     print_table("Estimated memory per GPU, GiB", rows)
 
 
-def _plan_rows(phases: list[tuple[int, Plan]], ends: list[int], costs: list[float]) -> list[tuple[str, Any]]:
+def _plan_rows(
+    phases: list[tuple[int, Plan]], ends: list[int], costs: list[float], remark: str
+) -> list[tuple[str, Any]]:
     """The layers, and of a schedule every phase with its steps (counted from 1, both ends included) and FLOPs."""
     rows: list[tuple[str, Any]] = []
     for (start, plan), end, cost in zip(phases, ends, costs, strict=True):
         steps = f", steps {start + 1} to {end}" if ends[1:] else ""
         full = ", ".join(str(i) for i, layer in enumerate(plan) if layer.kind is LayerKind.FULL)
-        rows += [(f"layer plan{steps}", describe(plan)), ("  full layers", full or "none")]
+        rows += [(f"layer plan{steps}", describe(plan) + remark), ("  full layers", full or "none")]
         if steps:
             rows.append(("  FLOPs per token", f"{cost:.4g}"))
     return rows

@@ -14,7 +14,7 @@ from moba_train.data.tokenizer import load_tokenizer
 from moba_train.data.validate import weighted_folders
 from moba_train.model.convert_hf import fill_model
 from moba_train.model.hf_folder import load_hf_folder
-from moba_train.train.checkpoint import MODEL_SHAPE, find_start
+from moba_train.train.checkpoint_folder import MODEL_SHAPE, find_start
 from moba_train.train.convert import CARRIED, carry_files
 
 if TYPE_CHECKING:

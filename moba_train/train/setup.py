@@ -22,17 +22,18 @@ from moba_train.config.schema import ConfigError, RunConfig
 from moba_train.config.validate import min_world_size, validate
 from moba_train.data.loader import Loader
 from moba_train.data.pretrain import PretrainData, build_datasets
+from moba_train.data.sft import SftData, build_sft, check_sft
 from moba_train.data.validate import check_data
 from moba_train.model.build import build_model
 from moba_train.model.layer_plan import plan_phases
 from moba_train.model.rope import Frequencies, inverse_frequencies
 from moba_train.parallel import groups as mesh
 from moba_train.parallel.seed import seed_everything
-from moba_train.train import checkpoint
+from moba_train.train import checkpoint, checkpoint_folder
 from moba_train.train.hf_start import carry_over, check_hf_start, load_hf_start
 from moba_train.train.optimizer import build_optimizer, build_scheduler
 
-__all__ = ["Run", "close", "preflight", "setup"]
+__all__ = ["Run", "close", "planned", "preflight", "setup"]
 
 
 @dataclass
@@ -46,7 +47,7 @@ class Run:
     chunks: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
-    data: PretrainData
+    data: PretrainData | SftData
     loader: Loader
     frequencies: Frequencies
     step: int = 0
@@ -70,12 +71,16 @@ def preflight(config: RunConfig) -> int:
                 f"torchrun started {started} process(es); leave it out, or add dry_run=true to pretend",
             )
     validate(config, world_size)
-    plan_phases(config.attention, config.model.num_layers)
+    plan_phases(planned(config).attention, config.model.num_layers)
     if not config.dry_run:
-        check_data(config.data, vocab_size=config.model.vocab_size, sequence_length=config.train.sequence_length)
+        vocab_size, length = config.model.vocab_size, config.train.sequence_length
+        if config.sft.path is None:
+            check_data(config.data, vocab_size=vocab_size, sequence_length=length)
         _check_machine(config)
-        checkpoint.check(config)
+        checkpoint_folder.check(config)
         check_hf_start(config)
+        if config.sft.path is not None:  # last: it may take a while
+            check_sft(config.sft, config.data, vocab_size, length, config.parallel.timeout_s)
     return world_size
 
 
@@ -105,16 +110,10 @@ def setup(config: RunConfig) -> Run:
     folder = _shared_folder(config)
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(folder)))
 
-    chunks = build_model(config, groups, device)
+    chunks = build_model(planned(config), groups, device)
     optimizer = build_optimizer(config, chunks)
     batch = config.train.global_batch_size
-    data = build_datasets(
-        config.data,
-        sequence_length=config.train.sequence_length,
-        train_samples=config.train.steps * batch,
-        valid_samples=config.train.validation_batches * batch,
-        cache_dir=config.data.cache_dir,
-    )
+    data = _build_data(config)
     run = Run(
         config=config,
         groups=groups,
@@ -134,9 +133,26 @@ def setup(config: RunConfig) -> Run:
     return run
 
 
+def planned(config: RunConfig) -> RunConfig:
+    """The configuration before anything was measured: no dense last layers where `auto` will choose them."""
+    return config.with_dense_last_layers(0) if config.attention.dense_last_layers == "auto" else config
+
+
 def close() -> None:
     """Leave the process groups; safe when `setup` never finished."""
     mesh.close()
+
+
+def _build_data(config: RunConfig) -> PretrainData | SftData:
+    train = config.train
+    counts = {
+        "sequence_length": train.sequence_length,
+        "train_samples": train.steps * train.global_batch_size,
+        "valid_samples": train.validation_batches * train.global_batch_size,
+    }
+    if config.sft.path is None:
+        return build_datasets(config.data, cache_dir=config.data.cache_dir, **counts)
+    return build_sft(config.sft, config.data, vocab_size=config.model.vocab_size, **counts)
 
 
 def _shared_folder(config: RunConfig) -> Path:
