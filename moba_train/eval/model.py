@@ -255,7 +255,8 @@ def _for_asking(trained: RunConfig, overrides: list[str]) -> RunConfig:
 
 
 def _tokenizer(folder: Path, trained: RunConfig) -> Path | None:
-    """The tokenizer carried from a Hugging Face folder, else the one of the data that the model was trained on."""
+    """The tokenizer of the fine-tuning, else the one carried from a Hugging Face folder, else that of the data."""
     data = [trained.data.path] if trained.data.path is not None else list(trained.data.blend or {})
-    candidates = [folder.parent.parent / CARRIED, *(Path(path) / "tokenizer" for path in data)]
+    tuned = [Path(trained.sft.tokenizer)] if trained.sft.path is not None and trained.sft.tokenizer is not None else []
+    candidates = [*tuned, folder.parent.parent / CARRIED, *(Path(path) / "tokenizer" for path in data)]
     return next((path for path in candidates if tokenizer_files(path)), None)
