@@ -65,8 +65,9 @@ class Tokenizer:
         """What makes two tokenizers the same, in a form that JSON can hold."""
         return {"class": type(self).__name__, "sha256": self.sha256, "eod": self.eod}
 
-    def encode(self, text: str) -> list[int]:
-        return self._backend.encode(text, add_special_tokens=False).ids
+    def encode(self, text: str, *, special_tokens: bool = False) -> list[int]:
+        """The ids of `text`; `special_tokens` adds what the tokenizer puts around one, such as a beginning token."""
+        return self._backend.encode(text, add_special_tokens=special_tokens).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text, on all cores."""
