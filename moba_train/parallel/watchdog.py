@@ -147,6 +147,7 @@ class Watched:
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()  # the store's connection is used by both threads when this rank fails
         self._store: dist.Store | None = None
+        self._connected = threading.Event()
 
     def __enter__(self) -> Watched:
         global _current
@@ -180,6 +181,7 @@ class Watched:
             ranks = list(range(self._size)) if self._rank == 0 else [0]
             watch = Watch(ranks, self._limit_s, min(_NOTICE_S, self._limit_s / 2), time.monotonic())
             self._beat()
+            self._connected.set()
             while not self._end.wait(self._beat_s):
                 self._beat()
                 with self._lock:
@@ -236,7 +238,8 @@ class Watched:
     def _fail(self, error: Exception) -> None:
         """Tell this rank's error, unless it only follows from another rank's end: then tell that."""
         me = f"Rank {self._rank} ({self._sign.node}) failed in '{self._sign.phase}': {type(error).__name__}: {error}"
-        if self._store is None:  # so early that the thread has no connection yet
+        self._connected.wait(5 * self._beat_s)
+        if self._store is None:
             _say(me)
             return
         try:

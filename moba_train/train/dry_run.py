@@ -12,8 +12,8 @@ from moba_train.model.layer_plan import LayerKind, Plan, describe, plan_phases
 from moba_train.model.rope import describe_rope
 from moba_train.train.estimate import memory_gib, parameter_count
 from moba_train.train.flops import matmul_flops_per_token, training_flops
-from moba_train.train.report import print_table
 from moba_train.train.setup import planned
+from moba_train.train.table import print_table
 
 __all__ = ["print_plan"]
 

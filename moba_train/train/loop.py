@@ -22,9 +22,9 @@ from moba_train.train.dense_layers import resolve_dense_layers
 from moba_train.train.dry_run import print_plan
 from moba_train.train.gate_metrics import gate_record
 from moba_train.train.metrics import Metrics, read_metrics
-from moba_train.train.report import draw, print_table
 from moba_train.train.setup import Run, close, preflight, setup
 from moba_train.train.step import StepResult, train_step, validate_model
+from moba_train.train.table import print_table
 
 __all__ = ["finetune", "pretrain"]
 
@@ -193,6 +193,8 @@ def _announce(run: Run, metrics: Metrics) -> None:
 
 
 def _summarise(run: Run, clock: _Clock) -> None:
+    from moba_train.train.report import draw  # matplotlib takes a second to import
+
     config = run.config
     step_tokens = config.train.global_batch_size * config.train.sequence_length
     pictures = draw(run.folder, config.train.sequence_length)

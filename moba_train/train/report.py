@@ -1,21 +1,18 @@
-"""The end of a run for a person: loss.png, loss_by_position.png, gate.png and the summary table."""
+"""The pictures of a run: loss.png, loss_by_position.png and gate.png. Imports matplotlib: import it where one draws."""
 
 from __future__ import annotations
 
 import itertools
-import math
 import textwrap
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
 
 from moba_train.train.gate_picture import draw_gate
 from moba_train.train.metrics import read_metrics
 
-__all__ = ["draw", "print_table"]
+__all__ = ["draw"]
 
 
 def draw(folder: Path, sequence_length: int) -> list[Path]:
@@ -54,16 +51,6 @@ def draw(folder: Path, sequence_length: int) -> list[Path]:
     return pictures
 
 
-def print_table(title: str, rows: list[tuple[str, Any]]) -> None:
-    """A two-column table; numbers get thousands separators and sensible digits."""
-    table = Table(title=title, show_header=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in rows:
-        table.add_row(name, _format(value))
-    Console().print(table)
-
-
 def _mark_switches(axes: Any, records: list[dict[str, Any]]) -> None:
     """A labelled vertical line before the first step of every new layer plan."""
     plans = [(r["step"], r["layer_plan"]) for r in records if "layer_plan" in r]
@@ -73,12 +60,6 @@ def _mark_switches(axes: Any, records: list[dict[str, Any]]) -> None:
             label = textwrap.shorten(plan, 48, placeholder=" ...")
             place = {"rotation": 90, "ha": "right", "va": "bottom", "fontsize": 7}
             axes.text(step - 0.5, 0.02, label, transform=axes.get_xaxis_transform(), **place)
-
-
-def _format(value: Any) -> str:
-    if isinstance(value, float):
-        return "nan" if math.isnan(value) else f"{value:,.4f}" if abs(value) < 100 else f"{value:,.0f}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _figure() -> tuple[Figure, Any]:

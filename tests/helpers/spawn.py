@@ -78,6 +78,8 @@ def _rank_main(
     fn: Callable, rank: int, world_size: int, args: tuple, folder: str, timeout: float, backend: str
 ) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
+    # megatron-core imports it where it can and uses it for nothing here: a second a process.
+    sys.modules.setdefault("wandb", None)  # type: ignore[arg-type]
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
     # A rank that hangs says where, shortly before the parent ends it.

@@ -31,27 +31,20 @@ TWO_RANKS = {
     "context, all to all": [*CONTEXT, *ALL_TO_ALL],
 }
 TWO_RANKS_FEW_STEPS = {
-    "context, a key head at a time": [*CONTEXT, "parallel.gather_heads=1"],
-    "context, balanced by document": [*CONTEXT, "parallel.context_layout=balanced"],
-    "context, ring for full layers": [*CONTEXT, "parallel.full_context_strategy=ring"],
-    "concatenated rows, context": ["data.mode=concatenated", *CONTEXT],
+    "context, balanced by document": [*CONTEXT, "parallel.context_layout=balanced", "parallel.gather_heads=1"],
+    "concatenated rows, context": ["data.mode=concatenated", *CONTEXT, "parallel.full_context_strategy=ring"],
     "full recomputation": ["parallel.recompute=full"],
-    "selective recomputation": ["parallel.recompute=selective"],
-    "pipeline, overlapped": [*PIPELINE, "parallel.overlap_grad_reduce=true"],
-    "gate options, context, balanced": [*GATE, *CONTEXT, "parallel.context_layout=balanced"],
+    "pipeline, overlapped": [*PIPELINE, "parallel.overlap_grad_reduce=true", "parallel.recompute=selective"],
     "gate options, tensor and sequence": [*GATE, *SEQUENCE],
 }
 TWO_RANKS_OF_QWEN3 = {"qwen3, tensor and sequence": SEQUENCE, "qwen3, pipeline": PIPELINE}
 FOUR_RANKS = {
     "tensor, sequence, context": [*SEQUENCE, *CONTEXT],
-    "pipeline, context": [*PIPELINE, *CONTEXT],
     "tensor, pipeline interleaved": [*TENSOR, *INTERLEAVED],
     "context, data": CONTEXT,
-    "context of four, all to all": ["parallel.context=4", *ALL_TO_ALL],
-    "context of two by two, ring across": ["parallel.context=4", "parallel.context_inner=2", *RING],
-    "context of two by two, gather across": ["parallel.context=4", "parallel.context_inner=2"],
-    "gate options, context of two by two": [*GATE, "parallel.context=4", "parallel.context_inner=2", *RING],
     "gate options, context of four": [*GATE, "parallel.context=4", *ALL_TO_ALL, "parallel.recompute=full"],
+    "context of two by two, ring across": ["parallel.context=4", "parallel.context_inner=2", *RING],
+    "gate options, context of two by two": [*GATE, "parallel.context=4", "parallel.context_inner=2"],
 }
 # One process, by what a layout's name begins with; "few" are the first steps of "one".
 ONE = {"one": []}

@@ -10,7 +10,7 @@ from tests.helpers.tolerance import GRAD_NORM_RTOL, LOSS_RTOL
 from tests.helpers.training import corpus, small_config
 
 MASKS = ("one token", "none", "first half of each row", "one row")
-LAYOUTS = {"data": [], "context": ["parallel.context=2"], "pipeline": ["parallel.pipeline=2"]}
+LAYOUTS = {"pipeline": ["parallel.pipeline=2"]}  # data and context ranks: test_finetuning.py
 
 
 class _Masked:
