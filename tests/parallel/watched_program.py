@@ -39,7 +39,7 @@ def rank_main(rank: int, port: int, fault: str, rank_at_fault: int, timeout_s: i
             phase(f"step {step}: work")
             time.sleep(0.5)  # beats are as far apart at this timeout
             if step == 3 and rank == rank_at_fault:
-                time.sleep(1)
+                time.sleep(4)  # many processes start at once: let the beats catch up
                 FAULTS[fault]()
             phase(f"step {step}: sum")
             dist.all_reduce(torch.ones(1))
