@@ -61,4 +61,4 @@ format: $(VENV)/.installed  ## Format the code in place
 
 clean:  ## Remove caches; .venv, data and runs stay
 	@rm -rf .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis build *.egg-info
-	@find moba_train launch tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+	@find moba_train launch tests benchmarks experiments -name __pycache__ -prune -exec rm -rf {} +

@@ -13,9 +13,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "moba_train"
-SOURCES = sorted(
-    path for folder in ("moba_train", "launch", "tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")
-)
+FOLDERS = ("moba_train", "launch", "tests", "benchmarks", "experiments")
+SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 MAX_LINES = 400
 
 # What these packages may import from outside the standard library, by the first part of the name.

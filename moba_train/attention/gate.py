@@ -2,7 +2,8 @@
 
 Score of query q (head h) for block i is q . mean(K over block i), K after rotary embedding (arXiv 2502.13189, section
 2.2, eq. 5-6). The query's own block is always picked and counts as one of top_k; the others are the best top_k - 1
-blocks strictly before it in the same document, ties to the lower block id.
+blocks strictly before it in the same document, ties to the lower block id. Two options, off by default, change which
+these are; reference.py defines them.
 
 Sums and dots run in fp64 and are rounded to fp32 once. So a mean does not depend on the order in which its rows are
 visited, nor a score on how queries are cut into tiles or ranks, and neither TF32 nor autocast can touch them. (For fp64
@@ -71,15 +72,39 @@ def block_means(k_SGD: Tensor, seq: SequenceInfo, block_size: int) -> Tensor:
 
 
 @torch.no_grad()
-def select_from_means(q_THD: Tensor, means_NGD: Tensor, seq: SequenceInfo, *, block_size: int, top_k: int) -> Tensor:
-    """Pick blocks given all block means -> int32 [T, H, K]: own block, then by falling score, then -1 pads."""
+def select_from_means(
+    q_THD: Tensor,
+    means_NGD: Tensor,
+    seq: SequenceInfo,
+    *,
+    block_size: int,
+    top_k: int,
+    force_previous_block: bool = False,
+    share_picks_in_group: bool = False,
+) -> Tensor:
+    """Pick blocks given all block means -> int32 [T, H, K]: forced blocks, then by falling score, then -1 pads."""
+    forced, dtype = 1 + force_previous_block, q_THD.dtype
+    if not share_picks_in_group:
+        return _select(q_THD, means_NGD, seq, block_size, top_k, forced, dtype)
+    group = q_THD.shape[1] // means_NGD.shape[1]
+    q_TGD = q_THD.double().unflatten(1, (-1, group)).sum(2)
+    return _select(q_TGD, means_NGD, seq, block_size, top_k, forced, dtype).repeat_interleave(group, 1)
+
+
+def _select(
+    q_THD: Tensor, means_NGD: Tensor, seq: SequenceInfo, block_size: int, top_k: int, forced: int, dtype: torch.dtype
+) -> Tensor:
+    """The `forced` blocks that end with the query's own, then the best others; scores rounded as for `dtype`."""
     table = seq.blocks(block_size)
     blocks = table.on(q_THD.device)
     num_queries, num_heads, head_dim = q_THD.shape
     num_key_heads = means_NGD.shape[1]
     picks_THK = torch.full((num_queries, num_heads, top_k), -1, dtype=torch.int32, device=q_THD.device)
     picks_THK[:, :, 0] = blocks.own_T[:, None]
-    if top_k == 1 or num_queries == 0:
+    if forced == 2:
+        has_previous_T = blocks.own_T > blocks.first_T
+        picks_THK[:, :, 1] = torch.where(has_previous_T, blocks.own_T - 1, -1)[:, None]
+    if top_k == forced or num_queries == 0:
         return picks_THK
 
     means_GDN = means_NGD.double().permute(1, 2, 0).contiguous()
@@ -88,22 +113,24 @@ def select_from_means(q_THD: Tensor, means_NGD: Tensor, seq: SequenceInfo, *, bl
     for begin in range(0, num_queries, step):
         end = min(begin + step, num_queries)
         # Both bounds grow with the query, so one window of blocks serves the chunk.
-        low, high = int(table.first_T[begin]), int(table.own_T[end - 1])
-        if low == high:
+        low, high = int(table.first_T[begin]), int(table.own_T[end - 1]) - (forced - 1)
+        if low >= high:
             continue
         q_GCRD = q_THD[begin:end].double().reshape(end - begin, num_key_heads, -1, head_dim).permute(1, 0, 2, 3)
         scores_GXn = torch.bmm(q_GCRD.reshape(num_key_heads, -1, head_dim), means_GDN[:, :, low:high])
-        scores_GCRn = scores_GXn.to(_score_dtype(q_THD.dtype)).view(num_key_heads, end - begin, -1, high - low)
-        first_C, own_C = blocks.first_T[begin:end] - low, blocks.own_T[begin:end] - low
+        scores_GCRn = scores_GXn.to(_score_dtype(dtype)).view(num_key_heads, end - begin, -1, high - low)
+        first_C, stop_C = blocks.first_T[begin:end] - low, blocks.own_T[begin:end] - (forced - 1) - low
         ids_n = torch.arange(high - low, device=q_THD.device)
-        outside_Cn = (ids_n < first_C[:, None]) | (ids_n >= own_C[:, None])
-        take = min(top_k - 1, high - low)
+        outside_Cn = (ids_n < first_C[:, None]) | (ids_n >= stop_C[:, None])
+        take = min(top_k - forced, high - low)
         best_GCRK = _top_ids(scores_GCRn, outside_Cn[None, :, None], take)
-        # Candidates sort before all else, so the first (own - first) picks are the real ones.
+        # Candidates sort before all else, so the first (stop - first) picks are the real ones.
         rank_K = torch.arange(take, device=q_THD.device)
-        spare_CK = rank_K >= (own_C - first_C)[:, None]
+        spare_CK = rank_K >= (stop_C - first_C)[:, None]
         best_GCRK = (best_GCRK + low).masked_fill_(spare_CK[None, :, None], -1)
-        picks_THK[begin:end, :, 1 : take + 1] = best_GCRK.permute(1, 0, 2, 3).reshape(end - begin, num_heads, take)
+        picks_THK[begin:end, :, forced : forced + take] = best_GCRK.permute(1, 0, 2, 3).reshape(
+            end - begin, num_heads, take
+        )
     return picks_THK
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from moba_train.attention import gate
 from moba_train.attention.sequence import SequenceInfo
 
-__all__ = ["full_attention", "moba_attention", "select_blocks", "select_from_means"]
+__all__ = ["convolve_keys", "full_attention", "moba_attention", "select_blocks", "select_from_means"]
 
 _Gate = Callable[..., Tensor]
 _Attention = Callable[..., tuple[Tensor, Tensor]]
@@ -40,6 +40,11 @@ _BACKENDS: dict[str, dict[str, str]] = {
         "portable": "moba_train.attention.portable",
         "triton": "moba_train.attention.kernels.moba",
     },
+    "convolve_keys": {
+        "reference": "moba_train.attention.reference",
+        "portable": "moba_train.attention.key_conv",
+        "triton": "moba_train.attention.kernels.key_conv",
+    },
     "full_attention": {
         "reference": "moba_train.attention.reference",
         "sdpa": "moba_train.attention.dense",
@@ -49,6 +54,7 @@ _BACKENDS: dict[str, dict[str, str]] = {
 _AUTO: dict[str, dict[str, tuple[str, ...]]] = {
     "select_from_means": {"cpu": ("portable",), "cuda": ("triton", "portable")},
     "moba_attention": {"cpu": ("portable",), "cuda": ("triton", "portable")},
+    "convolve_keys": {"cpu": ("portable",), "cuda": ("triton", "portable")},
     "full_attention": {"cpu": ("sdpa",), "cuda": ("flash", "sdpa", "reference")},
 }
 _SLOW_ON_GPU = ("reference", "portable")  # these alone compute fp64 there
@@ -57,31 +63,61 @@ _logged: set[tuple[str, torch.device, torch.dtype]] = set()
 
 
 def select_blocks(
-    q_THD: Tensor, k_SGD: Tensor, seq: SequenceInfo, *, block_size: int, top_k: int, backend: str = "auto"
+    q_THD: Tensor,
+    k_SGD: Tensor,
+    seq: SequenceInfo,
+    *,
+    block_size: int,
+    top_k: int,
+    force_previous_block: bool = False,
+    share_picks_in_group: bool = False,
+    backend: str = "auto",
 ) -> Tensor:
     """Blocks each query attends to (arXiv 2502.13189, eq. 5-6) -> int32 [T, H, K].
 
     Order: the query's own block, the best top_k - 1 earlier blocks of its document by falling score (ties to the lower
     id), then -1 where there are not enough. No gradient flows.
 
+    Args:
+        force_previous_block: the block before the own one comes second whatever its score, and counts as one of top_k.
+        share_picks_in_group: the heads of a key head pick together, by the sum of their scores.
+
     Raises:
-        ValueError: mismatched inputs, or `k_positions` (a gate over part of the keys would pick wrongly).
+        ValueError: mismatched inputs, `k_positions` (a gate over part of the keys would pick wrongly), or a previous
+            block forced into top_k = 1.
     """
     _check_inputs(q_THD, k_SGD, None, seq)
-    _check_sizes(block_size, top_k)
+    _check_sizes(block_size, top_k, force_previous_block)
     means_NGD = gate.block_means(k_SGD, seq, block_size)
-    return select_from_means(q_THD, means_NGD, seq, block_size=block_size, top_k=top_k, backend=backend)
+    return select_from_means(
+        q_THD,
+        means_NGD,
+        seq,
+        block_size=block_size,
+        top_k=top_k,
+        force_previous_block=force_previous_block,
+        share_picks_in_group=share_picks_in_group,
+        backend=backend,
+    )
 
 
 def select_from_means(
-    q_THD: Tensor, means_NGD: Tensor, seq: SequenceInfo, *, block_size: int, top_k: int, backend: str = "auto"
+    q_THD: Tensor,
+    means_NGD: Tensor,
+    seq: SequenceInfo,
+    *,
+    block_size: int,
+    top_k: int,
+    force_previous_block: bool = False,
+    share_picks_in_group: bool = False,
+    backend: str = "auto",
 ) -> Tensor:
     """`select_blocks` for given means of all N blocks of the batch, [N, G, D] -> int32 [T, H, K].
 
     Raises:
-        ValueError: mismatched inputs.
+        ValueError: mismatched inputs, or a previous block forced into top_k = 1.
     """
-    _check_sizes(block_size, top_k)
+    _check_sizes(block_size, top_k, force_previous_block)
     _check_queries(q_THD, seq)
     num_blocks = seq.blocks(block_size).num_blocks
     if means_NGD.dim() != 3 or means_NGD.shape[0] != num_blocks or means_NGD.shape[2] != q_THD.shape[2]:
@@ -91,7 +127,8 @@ def select_from_means(
         )
     _check_heads(q_THD, means_NGD)
     select: _Gate = _function("select_from_means", backend, q_THD)
-    return select(q_THD, means_NGD, seq, block_size=block_size, top_k=top_k)
+    options = {"force_previous_block": force_previous_block, "share_picks_in_group": share_picks_in_group}
+    return select(q_THD, means_NGD, seq, block_size=block_size, top_k=top_k, **options)
 
 
 def moba_attention(
@@ -103,6 +140,8 @@ def moba_attention(
     block_size: int,
     top_k: int,
     softmax_scale: float | None = None,
+    force_previous_block: bool = False,
+    share_picks_in_group: bool = False,
     picks: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -110,8 +149,9 @@ def moba_attention(
 
     Args:
         softmax_scale: default 1 / sqrt(D).
-        picks: int32 [T, H, K] as `select_blocks` returns them; default: selected here. Required with `k_positions`.
-            A block twice in one row would count twice.
+        force_previous_block, share_picks_in_group: how blocks are selected, as in `select_blocks`.
+        picks: int32 [T, H, K] as `select_blocks` returns them, whatever the options above; default: selected here.
+            Required with `k_positions`. A block twice in one row would count twice.
         backend: "auto", "reference", "portable" or "triton".
 
     A query that sees no held key has out 0, lse -inf and zero gradient. Without `picks`, where top_k blocks cover every
@@ -121,7 +161,7 @@ def moba_attention(
         ValueError: mismatched inputs, `k_positions` without `picks`, or a backend that is not there.
     """
     _check_inputs(q_THD, k_SGD, v_SGD, seq)
-    _check_sizes(block_size, top_k)
+    _check_sizes(block_size, top_k, force_previous_block)
     attend: _Attention = _function("moba_attention", backend, q_THD)
     if picks is None:
         if seq.k_positions is not None:
@@ -132,7 +172,16 @@ def moba_attention(
         if top_k * block_size >= seq.max_document and backend != "reference":
             return full_attention(q_THD, k_SGD, v_SGD, seq, softmax_scale=softmax_scale)
         known = backend if backend in _BACKENDS["select_from_means"] else "auto"
-        picks = select_blocks(q_THD, k_SGD, seq, block_size=block_size, top_k=top_k, backend=known)
+        picks = select_blocks(
+            q_THD,
+            k_SGD,
+            seq,
+            block_size=block_size,
+            top_k=top_k,
+            force_previous_block=force_previous_block,
+            share_picks_in_group=share_picks_in_group,
+            backend=known,
+        )
     expected = (*q_THD.shape[:2], top_k)
     if picks.shape != expected or picks.dtype != torch.int32 or picks.device != q_THD.device:
         raise ValueError(
@@ -164,6 +213,36 @@ def full_attention(
     _check_inputs(q_THD, k_SGD, v_SGD, seq)
     attend: _Attention = _function("full_attention", backend, q_THD)
     return attend(q_THD, k_SGD, v_SGD, seq, scale=_scale(softmax_scale, q_THD))
+
+
+def convolve_keys(k_SGD: Tensor, weight_GDW: Tensor, seq: SequenceInfo, *, backend: str = "auto") -> Tensor:
+    """Short causal depthwise convolution over the keys of each document (arXiv 2511.11571) -> [T, G, D] in k's dtype.
+
+    k'_t = k_t + SiLU(sum over l < W of weight[l] * k_{t-l}); keys before the document count as zero, and zero weights
+    leave every key as it is. Sums run in fp32 (fp64 for fp64 keys). Rows of the result are those of the queries: with
+    `q_positions` and `k_positions` a decoder convolves the keys of new tokens from them and the last W - 1 before.
+
+    Args:
+        weight_GDW: floating point; W >= 1 weights for each channel of each key head, lag 0 first.
+        backend: "auto", "reference", "portable" or "triton".
+
+    Raises:
+        ValueError: mismatched inputs, held keys that lack one that a query's key needs, or a backend that is not there.
+    """
+    if k_SGD.dim() != 3 or k_SGD.shape[0] != seq.num_held or not k_SGD.dtype.is_floating_point:
+        raise ValueError(
+            f"k must be floating point [{seq.num_held} held keys, key heads, head dim], got {k_SGD.dtype} "
+            f"{list(k_SGD.shape)} ({seq!r})"
+        )
+    fits = weight_GDW.dim() == 3 and weight_GDW.shape[:2] == k_SGD.shape[1:] and weight_GDW.shape[2] >= 1
+    if not fits or not weight_GDW.dtype.is_floating_point or weight_GDW.device != k_SGD.device:
+        raise ValueError(
+            f"weight must be floating point [{k_SGD.shape[1]} key heads, {k_SGD.shape[2]}, width] on {k_SGD.device}, "
+            f"got {weight_GDW.dtype} {list(weight_GDW.shape)} on {weight_GDW.device}"
+        )
+    seq.window(weight_GDW.shape[2], k_SGD.device)  # refuses held keys that are too few
+    convolve: Callable[..., Tensor] = _function("convolve_keys", backend, k_SGD)
+    return convolve(k_SGD, weight_GDW, seq)
 
 
 def _function(op: str, backend: str, q_THD: Tensor) -> Callable[..., Any]:
@@ -202,10 +281,12 @@ def _scale(softmax_scale: float | None, q_THD: Tensor) -> float:
     return q_THD.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
 
 
-def _check_sizes(block_size: int, top_k: int) -> None:
+def _check_sizes(block_size: int, top_k: int, force_previous_block: bool) -> None:
     for name, value in (("block_size", block_size), ("top_k", top_k)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+    if force_previous_block and top_k < 2:
+        raise ValueError("force_previous_block picks two blocks, the own and the one before: top_k must be at least 2")
 
 
 def _check_queries(q_THD: Tensor, seq: SequenceInfo) -> None:

@@ -15,7 +15,15 @@ from torch import Tensor
 
 from moba_train.attention.sequence import SequenceInfo
 
-__all__ = ["full_attention", "full_mask", "masked_attention", "moba_attention", "moba_mask", "select_from_means"]
+__all__ = [
+    "convolve_keys",
+    "full_attention",
+    "full_mask",
+    "masked_attention",
+    "moba_attention",
+    "moba_mask",
+    "select_from_means",
+]
 
 
 def moba_attention(
@@ -69,20 +77,59 @@ def moba_mask(seq: SequenceInfo, picks_THK: Tensor, block_size: int) -> Tensor:
 
 
 @torch.no_grad()
-def select_from_means(q_THD: Tensor, means_NGD: Tensor, seq: SequenceInfo, *, block_size: int, top_k: int) -> Tensor:
-    """The gate, one query and head at a time -> int32 [T, H, K]: own block, then by falling score, then -1 pads."""
+def select_from_means(
+    q_THD: Tensor,
+    means_NGD: Tensor,
+    seq: SequenceInfo,
+    *,
+    block_size: int,
+    top_k: int,
+    force_previous_block: bool = False,
+    share_picks_in_group: bool = False,
+) -> Tensor:
+    """The gate, one query and head at a time -> int32 [T, H, K]: own block, then by falling score, then -1 pads.
+
+    force_previous_block: the block right before the query's own, where its document has one, is picked whatever its
+    score. It comes second and counts as one of top_k (which must be at least 2); the other top_k - 2 are the best of
+    the blocks before it. So a query near the start of its block still sees its neighbourhood.
+
+    share_picks_in_group: the query heads of a key head pick together, by the sum of their scores. Scores are linear in
+    the query, so it ranks blocks by the group's mean query: of all ways to combine heads the one that costs a single
+    dot product a group. Sums and dots run in fp64 and are rounded once, as for any score.
+    """
     num_queries, num_heads, _ = q_THD.shape
     group = num_heads // means_NGD.shape[1]
     scores_THN = torch.einsum("thd,nhd->thn", q_THD.double(), means_NGD.double().repeat_interleave(group, 1))
+    if share_picks_in_group:
+        scores_THN = scores_THN.unflatten(1, (-1, group)).sum(2).repeat_interleave(group, 1)
     scores = (scores_THN if q_THD.dtype == torch.float64 else scores_THN.float()).tolist()
     table = seq.blocks(block_size)
     picks = []
     for t, (first, own) in enumerate(zip(table.first_T.tolist(), table.own_T.tolist(), strict=True)):
+        forced = [own, own - 1] if force_previous_block and own > first else [own]
         for row in scores[t]:
-            ranked = sorted((-row[n], n) for n in range(first, own))
-            others = [n for _, n in ranked[: top_k - 1]]
-            picks.append([own, *others, *[-1] * (top_k - 1 - len(others))])
+            ranked = sorted((-row[n], n) for n in range(first, own) if n not in forced)
+            chosen = [*forced, *(n for _, n in ranked)][:top_k]
+            picks.append([*chosen, *[-1] * (top_k - len(chosen))])
     return torch.tensor(picks, dtype=torch.int32, device=q_THD.device).view(num_queries, num_heads, top_k)
+
+
+def convolve_keys(k_SGD: Tensor, weight_GDW: Tensor, seq: SequenceInfo) -> Tensor:
+    """The key convolution of README.md, one query's key at a time -> [T, G, D] in k's dtype.
+
+    k'_t = k_t + SiLU(sum over lags l < W of weight[l] * k_{t-l}), channel by channel; keys before the document's start
+    count as zero (arXiv 2511.11571).
+    """
+    rows_T, rows_S, document = _rows(seq)
+    place = {row: s for s, row in enumerate(rows_S.tolist())}
+    keys, weight_GDW = _wide(k_SGD), weight_GDW.to(_wide(k_SGD).dtype)
+    out = []
+    for t in rows_T.tolist():
+        lags = [lag for lag in range(weight_GDW.shape[2]) if t - lag >= 0 and document[t - lag] == document[t]]
+        mixed_GD = torch.stack([weight_GDW[..., lag] * keys[place[t - lag]] for lag in lags]).sum(0)
+        out.append(keys[place[t]] + torch.nn.functional.silu(mixed_GD))
+    # The empty slice keeps the graph, and the shape, where there is no query.
+    return torch.cat([keys[:0], *(x[None] for x in out)]).to(k_SGD.dtype)
 
 
 def _rows(seq: SequenceInfo) -> tuple[Tensor, Tensor, Tensor]:

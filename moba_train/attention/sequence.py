@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["BlockTable", "DenseRun", "DeviceSequence", "SequenceInfo"]
+__all__ = ["BlockTable", "DenseRun", "DeviceSequence", "KeyWindow", "SequenceInfo"]
 
 
 class DeviceSequence(NamedTuple):
@@ -39,6 +39,14 @@ class DenseRun(NamedTuple):
     k_start: int
     k_diagonal: int
     k_end: int
+
+
+class KeyWindow(NamedTuple):
+    """What a causal convolution must know of every held key row."""
+
+    reach_S: Tensor  # int32: how many rows before it, without a gap, are held and of its document
+    query_S: Tensor  # int32: the query that sits at the row, -1 for none
+    row_T: Tensor  # int64: the held row at which each query sits
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,6 +123,7 @@ class SequenceInfo:
         self.num_held = self.num_keys if self.k_positions is None else len(self.k_positions)
         self._blocks: dict[int, BlockTable] = {}
         self._on: dict[torch.device, DeviceSequence] = {}
+        self._windows: dict[tuple[int, torch.device], KeyWindow] = {}
 
     def __repr__(self) -> str:
         return (
@@ -137,6 +146,17 @@ class SequenceInfo:
         if block_size not in self._blocks:
             self._blocks[block_size] = self._build_blocks(block_size)
         return self._blocks[block_size]
+
+    def window(self, width: int, device: torch.device | str) -> KeyWindow:
+        """For a convolution over a key and the `width` - 1 keys before it, on `device`; built once per width.
+
+        Raises:
+            ValueError: if a query's key, or one of the width - 1 before it in its document, is not held.
+        """
+        key = (width, torch.device(device))
+        if key not in self._windows:
+            self._windows[key] = KeyWindow(*(_copy(x, key[1]) for x in self._build_window(width)))
+        return self._windows[key]
 
     @cached_property
     def runs(self) -> list[DenseRun]:
@@ -166,6 +186,24 @@ class SequenceInfo:
     def _held_before(self, rows: Tensor) -> Tensor:
         """How many held keys lie before each global row: the local index at which that row is or would be."""
         return rows if self.k_positions is None else torch.searchsorted(self.k_positions, rows)
+
+    def _build_window(self, width: int) -> KeyWindow:
+        rows = torch.arange(self.num_keys) if self.k_positions is None else self.k_positions
+        place = torch.arange(len(rows))
+        offset_S = rows - self.cu_seqlens[self._document_of(rows)]
+        gap = torch.ones(len(rows), dtype=torch.bool)
+        gap[1:] = rows.diff() != 1
+        reach_S = torch.minimum(offset_S, place - torch.where(gap, place, 0).cummax(0).values)
+        row_T = self._held_before(self._query_rows)
+        held = self._held_before(self._query_rows + 1) > row_T
+        if not bool(held.all()) or bool((reach_S[row_T] < offset_S[row_T].clamp(max=width - 1)).any()):
+            raise ValueError(
+                f"a convolution of width {width} needs the key of each query and the {width - 1} before it in its "
+                "document; k_positions holds too few"
+            )
+        query_S = torch.full((len(rows),), -1, dtype=torch.int32)
+        query_S[row_T] = torch.arange(len(row_T), dtype=torch.int32)
+        return KeyWindow(reach_S.to(torch.int32), query_S, row_T)
 
     def _build_blocks(self, block_size: int) -> BlockTable:
         if block_size < 1:

@@ -22,6 +22,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from moba_train.config.schedule import resolve_schedule
 from moba_train.config.schema import ConfigError, RunConfig, from_dict, to_dict, unknown_key
 
 __all__ = ["RECIPES", "compose", "group_options", "run_command_line"]
@@ -31,8 +32,11 @@ _OTHERS_WAIT_S = 10.0  # torchrun ends the rest within a second of the first fai
 
 
 def compose(overrides: Sequence[str] = ()) -> RunConfig:
-    """The run described by `recipes/config.yaml` and `overrides` in Hydra's grammar. Raises ConfigError."""
-    return from_dict(_values(overrides))
+    """The run described by `recipes/config.yaml` and `overrides` in Hydra's grammar, its attention schedule in steps.
+
+    Raises ConfigError.
+    """
+    return resolve_schedule(from_dict(_values(overrides)))
 
 
 def group_options(group: str) -> list[str]:
@@ -74,7 +78,7 @@ def _values(overrides: Sequence[str]) -> dict[str, Any]:
     ConfigStore.instance().store(name="schema", node=OmegaConf.create(to_dict(RunConfig())))
     try:
         with initialize_config_dir(str(RECIPES), version_base="1.3"):
-            config = hydra_compose("config", overrides=[_without_sweep(override) for override in overrides])
+            config = hydra_compose("config", overrides=[_quoted(override) for override in overrides])
             values = OmegaConf.to_container(config, resolve=True)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise _explain(error, overrides) from None
@@ -82,10 +86,13 @@ def _values(overrides: Sequence[str]) -> dict[str, Any]:
     return {str(key): value for key, value in values.items()}
 
 
-def _without_sweep(override: str) -> str:
-    """Hydra takes `a=x,y` for a sweep; nothing sweeps here, and attention.pattern=moba*3,full should need no quotes."""
+def _quoted(override: str) -> str:
+    """Hydra takes `a=x,y` for a sweep and `a=b=c` for a mistake; here a pattern (moba*3,full) and any path are text."""
     key, _, value = override.partition("=")
-    return f'{key}="{value}"' if "," in value and value[0] not in "[{(\"'" else override
+    if not value or value[0] in "[{(\"'" or re.fullmatch(r"[\w/+.$%*@?|: -]*", value, re.ASCII):
+        return override
+    escaped = re.sub(r'(\\*)("|$)', lambda m: 2 * m[1] + ('\\"' if m[2] else ""), value)
+    return f'{key}="{escaped}"'
 
 
 def _explain(error: Exception, overrides: Sequence[str]) -> ConfigError:

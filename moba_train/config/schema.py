@@ -16,9 +16,11 @@ from typing import Any
 
 __all__ = [
     "AttentionConfig",
+    "AttentionPhase",
     "CheckpointConfig",
     "ConfigError",
     "DataConfig",
+    "LayerOverride",
     "MetricsConfig",
     "ModelConfig",
     "OptimConfig",
@@ -74,6 +76,35 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class LayerOverride:
+    """Another block size or top-k for some MoBA layers, numbered from 0; None: as every other layer."""
+
+    layers: tuple[int, ...] = ()
+    block_size: int | None = None
+    top_k: int | None = None
+
+
+@dataclass(frozen=True)
+class AttentionPhase:
+    """A part of training with a layer plan of its own: where it begins, and what differs from `attention`.
+
+    It begins when so many steps or tokens, or that fraction of the steps, are done (one of the three;
+    config/schedule.py makes steps of all), and ends where the next one begins. Keys that are None: as in `attention`.
+    """
+
+    step: int | None = None
+    tokens: int | None = None
+    fraction: float | None = None  # of train.steps
+    pattern: str | None = None
+    block_size: int | None = None
+    top_k: int | None = None
+    dense_first_layers: int | None = None
+    dense_last_layers: int | None = None
+    full_layers: tuple[int, ...] | None = None
+    overrides: tuple[LayerOverride, ...] | None = None
+
+
+@dataclass(frozen=True)
 class AttentionConfig:
     """Which layers are MoBA and how MoBA selects blocks. Read by model/layer_plan.py alone."""
 
@@ -83,6 +114,12 @@ class AttentionConfig:
     dense_first_layers: int = 0
     dense_last_layers: int | str = 0  # a number | auto: measured at the start (train/dense_layers.py)
     dense_target: float | None = None  # of auto: share of full attention's direct gradient density; None: 0.5
+    full_layers: tuple[int, ...] = ()  # layers, numbered from 0, that are full whatever the pattern says
+    overrides: tuple[LayerOverride, ...] = ()
+    schedule: tuple[AttentionPhase, ...] = ()  # before the first phase begins, the keys above alone hold
+    force_previous_block: bool = False  # the block before a query's own is always picked, as one of top_k
+    share_picks_in_group: bool = False  # the query heads of a key head pick together, by their mean query
+    key_conv: int = 0  # width of a causal convolution on the keys of every layer (model/key_conv.py); 0: none
     backend: str = "auto"  # of MoBA layers: auto | reference | portable | triton
     full_backend: str = "auto"  # of full layers: auto | reference | sdpa | triton
 
@@ -249,6 +286,13 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
             raise ConfigError(key, value, "expects a mapping")
         _, item = typing.get_args(hint)
         return {str(name): _convert(v, item, f"{key}.{name}") for name, v in value.items()}
+    if typing.get_origin(hint) is tuple:  # tuple[X, ...]
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(key, value, "expects a list in brackets")
+        item = typing.get_args(hint)[0]
+        return tuple(_convert(v, item, f"{key}[{index}]") for index, v in enumerate(value))
+    if hint is int and isinstance(value, float) and value.is_integer():  # tokens: 1e9
+        return int(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint is float and isinstance(value, str):  # YAML 1.1 reads 3e-4 as a string

@@ -36,8 +36,8 @@ _AT_LEAST = {
         "metrics.position_buckets"
     ),
     0: (
-        "attention.dense_first_layers metrics.gate_every train.validate_every checkpoint.save_every "
-        "optim.warmup_steps optim.weight_decay optim.clip_grad optim.min_learning_rate"
+        "attention.dense_first_layers attention.key_conv metrics.gate_every train.validate_every "
+        "checkpoint.save_every optim.warmup_steps optim.weight_decay optim.clip_grad optim.min_learning_rate"
     ),
 }
 
@@ -223,6 +223,13 @@ def _check_dense_layers(config: RunConfig) -> None:
     _require(config, "attention.dense_target", target is None or 0 < target <= 1, "must lie in (0, 1]")
     _require(
         config, "attention.dense_target", target is None or last == "auto", "needs attention.dense_last_layers=auto"
+    )
+    overridden = attention.overrides or any(phase.overrides for phase in attention.schedule)
+    _require(
+        config,
+        "attention.dense_last_layers",
+        last != "auto" or not overridden,
+        "attention.overrides name MoBA layers, and auto may make these full: give a number, or no overrides",
     )
     metrics = config.metrics
     _require(

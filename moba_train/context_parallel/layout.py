@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
 
-__all__ = ["RULES", "Chunk", "Layout", "LayoutRule", "balanced", "causal_pairs", "contiguous", "zigzag"]
+__all__ = ["RULES", "Chunk", "Layout", "LayoutRule", "balanced", "causal_pairs", "coalesce", "contiguous", "zigzag"]
 
 Chunk = tuple[int, int]  # rows [start, stop)
 
@@ -41,7 +41,7 @@ class Layout:
     @cached_property
     def rank_order(self) -> tuple[Chunk, ...]:
         """All chunks as ranges of natural rows, listed in rank order."""
-        return _coalesce(chunk for chunks in self.chunks for chunk in chunks)
+        return coalesce(chunk for chunks in self.chunks for chunk in chunks)
 
     @cached_property
     def natural_order(self) -> tuple[Chunk, ...]:
@@ -50,12 +50,12 @@ class Layout:
         for start, stop in self.rank_order:
             placed.append((start, row, row + stop - start))
             row += stop - start
-        return _coalesce((start, stop) for _, start, stop in sorted(placed))
+        return coalesce((start, stop) for _, start, stop in sorted(placed))
 
     def across(self, inner_size: int) -> Layout:
         """The layout of groups of `inner_size` consecutive ranks, each group seen as one holder of rows."""
         groups = _grouped(self.chunks, inner_size)
-        merged = (_coalesce(sorted(chunk for chunks in group for chunk in chunks)) for group in groups)
+        merged = (coalesce(sorted(chunk for chunks in group for chunk in chunks)) for group in groups)
         return Layout(self.length, tuple(merged))
 
     def inside(self, inner_size: int, group: int) -> Layout:
@@ -80,7 +80,7 @@ def zigzag(length: int, num_ranks: int, cu_seqlens: Sequence[int] | None = None)
     """
     size = _chunk_size(length, 2 * num_ranks, "zigzag", num_ranks)
     pairs = ((rank, 2 * num_ranks - 1 - rank) for rank in range(num_ranks))
-    return Layout(length, tuple(_coalesce((i * size, (i + 1) * size) for i in pair) for pair in pairs))
+    return Layout(length, tuple(coalesce((i * size, (i + 1) * size) for i in pair) for pair in pairs))
 
 
 def contiguous(length: int, num_ranks: int, cu_seqlens: Sequence[int] | None = None) -> Layout:
@@ -115,7 +115,7 @@ def balanced(length: int, num_ranks: int, cu_seqlens: Sequence[int] | None = Non
         rank = min((r for r in range(num_ranks) if len(dealt[r]) < per_rank), key=lambda r: (load[r], r))
         load[rank] += cost[i]
         dealt[rank].append((i * size, (i + 1) * size))
-    return Layout(length, tuple(_coalesce(sorted(chunks)) for chunks in dealt))
+    return Layout(length, tuple(coalesce(sorted(chunks)) for chunks in dealt))
 
 
 RULES: dict[str, LayoutRule] = {"zigzag": zigzag, "balanced": balanced, "contiguous": contiguous}
@@ -143,7 +143,8 @@ def _chunk_size(length: int, num_chunks: int, rule: str, num_ranks: int) -> int:
     return length // num_chunks
 
 
-def _coalesce(chunks: Iterable[Chunk]) -> tuple[Chunk, ...]:
+def coalesce(chunks: Iterable[Chunk]) -> tuple[Chunk, ...]:
+    """The same rows in the same order with neighbouring ranges joined and empty ones dropped."""
     joined: list[Chunk] = []
     for start, stop in chunks:
         if start == stop:

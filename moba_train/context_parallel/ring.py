@@ -11,7 +11,7 @@ Letters: `t` query rows of this rank, `s` key rows of one rank, `H` query heads,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
@@ -28,6 +28,8 @@ from moba_train.context_parallel.rows import with_rows
 from moba_train.context_parallel.subgraph import Subgraph, record, take_graphs
 
 __all__ = ["attend_ring", "route"]
+
+_ROUTING = ("block_size", "top_k", "force_previous_block", "share_picks_in_group")
 
 
 def attend_ring(
@@ -51,19 +53,26 @@ def attend_ring(
     sources = [(rank - step) % num_ranks for step in range(num_ranks)]
     seqs = [with_rows(seq, queries=own, keys=layout.chunks[source]) for source in sources]
     if "block_size" in options and options.get("picks") is None:
-        options["picks"] = route(q_tHD, k_sGD, seqs[0], group, options["block_size"], options["top_k"])
+        options["picks"] = route(q_tHD, k_sGD, seqs[0], [group], options)
     differentiate = torch.is_grad_enabled() and any(x.requires_grad for x in (q_tHD, k_sGD, v_sGD))
     return _RingAttention.apply(_Call(op, group, seqs, options, overlap, differentiate), q_tHD, k_sGD, v_sGD)
 
 
 @torch.no_grad()
 def route(
-    q_tHD: Tensor, k_sGD: Tensor, seq: SequenceInfo, group: dist.ProcessGroup, block_size: int, top_k: int
+    q_tHD: Tensor, k_sGD: Tensor, seq: SequenceInfo, groups: Sequence[dist.ProcessGroup], options: Mapping[str, Any]
 ) -> Tensor:
-    """The picks of this rank's queries among the blocks of all ranks. `seq` holds this rank's rows as k_positions."""
-    sums_NGD = start_sum(block_sums(k_sGD, seq, block_size), group).wait()
+    """The picks of this rank's queries among the blocks of all ranks, by the gate's part of an op's options.
+
+    `seq` holds this rank's rows as k_positions. The context is shared within each of `groups`, one after the other.
+    """
+    routing = {name: options[name] for name in _ROUTING if name in options}
+    block_size = routing["block_size"]
+    sums_NGD = block_sums(k_sGD, seq, block_size)
+    for group in groups:
+        sums_NGD = start_sum(sums_NGD, group).wait()
     means_NGD = means_from_sums(sums_NGD, seq, block_size, k_sGD.dtype)
-    return select_from_means(q_tHD, means_NGD, seq, block_size=block_size, top_k=top_k)
+    return select_from_means(q_tHD, means_NGD, seq, **routing)
 
 
 @dataclass(frozen=True)

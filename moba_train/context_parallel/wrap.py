@@ -21,7 +21,7 @@ from moba_train.attention import SequenceInfo
 from moba_train.context_parallel.all_gather import attend_all_gather
 from moba_train.context_parallel.all_to_all import attend_all_to_all
 from moba_train.context_parallel.layout import Layout, LayoutRule, zigzag
-from moba_train.context_parallel.ring import attend_ring
+from moba_train.context_parallel.ring import attend_ring, route
 from moba_train.context_parallel.rows import layout_of, row_numbers, with_rows
 
 __all__ = ["STRATEGIES", "wrap"]
@@ -77,6 +77,11 @@ def wrap(
         elif group is not None:
             attend = partial(attend_ring, op, group, across, overlap=overlap)
         if inner_group is not None:
+            if options.get("share_picks_in_group") and options.get("picks") is None and k_tGD.shape[1] < inner_size:
+                # A key head's queries are dealt to several ranks, none of which could sum their scores.
+                own_rows = with_rows(seq, queries=rows.chunks[rank], keys=rows.chunks[rank])
+                groups = [x for x in (inner_group, group) if x is not None]
+                options["picks"] = route(q_tHD, k_tGD, own_rows, groups, options)
             seq = with_rows(seq, queries=None if group is None else across.chunks[outer_rank], keys=None)
             inside = rows.inside(inner_size, outer_rank)
             attend = partial(attend_all_to_all, attend, inner_group, inside, overlap=overlap)

@@ -2,7 +2,8 @@
 
 megatron-core calls it with packed tokens: q [T, H, D], k and v [S, G, D] without batch, where T == S are the tokens
 this context rank holds and H, G this tensor rank's heads; it returns [T, H * D]. Which kind a layer is comes from
-model/layer_plan.py and may change between steps (`set_layer_plan`); no parameter depends on it.
+model/layer_plan.py and may change between steps (`set_layer_plan`); no parameter depends on it. The one option with
+parameters, the key convolution, is in layers of both kinds.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from megatron.core.transformer.module import MegatronModule
 from moba_train.attention import SequenceInfo, full_attention, moba_attention
 from moba_train.context_parallel.layout import LayoutRule
 from moba_train.context_parallel.wrap import wrap
+from moba_train.model.key_conv import KeyConv
 from moba_train.model.layer_plan import LayerAttention, LayerKind
 from moba_train.model.rope import rotate
 
@@ -41,7 +43,7 @@ _OPS: dict[LayerKind, _Op] = {LayerKind.FULL: full_attention, LayerKind.MOBA: mo
 
 
 class CoreAttention(MegatronModule):
-    """Rotary embedding, then the layer's op behind its context-parallel wrapper.
+    """Perhaps the key convolution, rotary embedding, then the layer's op behind its context-parallel wrapper.
 
     observer: None, or what is shown q [T, H, D] and k [S, G, D] as the op will get them (see `observed_by`).
     """
@@ -62,6 +64,7 @@ class CoreAttention(MegatronModule):
         strategies: dict[LayerKind, str],
         layout: LayoutRule,
         gather_heads: int | None,
+        key_conv: int,
         **kwargs: Any,
     ) -> None:
         super().__init__(config=config)
@@ -76,6 +79,11 @@ class CoreAttention(MegatronModule):
             kind: wrap(op, pg_collection.cp, strategies[kind], layout=layout, gather_heads=gather_heads)
             for kind, op in _OPS.items()
         }
+
+        self.key_conv = None
+        if key_conv:
+            backend = backends[LayerKind.MOBA]
+            self.key_conv = KeyConv(config, key_conv, pg_collection, layout=layout, backend=backend)
 
     def forward(
         self,
@@ -92,13 +100,15 @@ class CoreAttention(MegatronModule):
         assert isinstance(packed_seq_params, RowParams), type(packed_seq_params)
         assert attention_mask is None, "documents come with the row"
         assert attention_bias is None, "no bias in these models"
+        if self.key_conv is not None:
+            key = self.key_conv(key, packed_seq_params.sequence)
         q_THD = rotate(query, *packed_seq_params.rotary)
         k_SGD = rotate(key, *packed_seq_params.rotary)
         if self.observer is not None:
             self.observer(self, q_THD, k_SGD, packed_seq_params.sequence)
         options: dict[str, Any] = {"softmax_scale": self.softmax_scale, "backend": self.backends[self.layer.kind]}
         if self.layer.kind is LayerKind.MOBA:
-            options |= {"block_size": self.layer.block_size, "top_k": self.layer.top_k}
+            options |= self.layer.routing
         out_THD, _ = self.ops[self.layer.kind](q_THD, k_SGD, value, packed_seq_params.sequence, **options)
         return out_THD.reshape(out_THD.shape[0], -1)
 

@@ -27,7 +27,9 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.utils import unwrap_model
 
-from moba_train.config.schema import ConfigError, RunConfig, to_dict
+from moba_train.config.schedule import PLAN_KEYS
+from moba_train.config.schema import AttentionConfig, ConfigError, RunConfig, to_dict
+from moba_train.model.key_conv import KEY_CONV_PREFIX
 from moba_train.model.layer_plan import layer_plan
 from moba_train.parallel.seed import load_random_state, random_state
 
@@ -102,6 +104,7 @@ def check(config: RunConfig) -> None:
             found = f"{file.stat().st_size} bytes" if file.is_file() else "missing"
             raise _corrupt(path, f"{name} should have {size} bytes and is {found}")
     _check_position(config, path, metadata)
+    _check_key_conv(config, path, metadata)
     for key in _SHAPE:
         theirs, ours = metadata.config["model"].get(key), getattr(config.model, key)
         if theirs != ours:
@@ -112,13 +115,37 @@ def check(config: RunConfig) -> None:
             )
 
 
+def _check_key_conv(config: RunConfig, path: Path, metadata: Metadata) -> None:
+    """Learned convolutions are never dropped; missing ones start as the identity, with a fresh optimizer."""
+    theirs, ours = _key_conv(metadata), config.attention.key_conv
+    if theirs not in (0, ours):
+        raise ConfigError("attention.key_conv", ours, f"the checkpoint {path} was trained with {theirs}; use it")
+    if theirs != ours and not _weights_only(config, path):
+        remedy = (
+            f"the checkpoint {path} has none; begin with its weights, the convolution as identity, in a new run: "
+            "checkpoint.load_weights_only=true with checkpoint.load"
+        )
+        raise ConfigError("attention.key_conv", ours, remedy)
+
+
+def _key_conv(metadata: Metadata) -> int:
+    return metadata.config["attention"].get("key_conv", 0)
+
+
+def _is_own(config: RunConfig, path: Path) -> bool:
+    return config.run.dir is not None and path.is_relative_to(Path(config.run.dir))
+
+
+def _weights_only(config: RunConfig, path: Path) -> bool:
+    return config.checkpoint.load_weights_only and not _is_own(config, path)
+
+
 def _check_position(config: RunConfig, path: Path, metadata: Metadata) -> None:
     """A full load takes over optimizer and data position: what they depend on must be the checkpoint's."""
-    own = config.run.dir is not None and path.is_relative_to(Path(config.run.dir))
-    if config.checkpoint.load_weights_only and not own:
+    if _weights_only(config, path):
         return
     fresh = "use it, or start from the weights alone: checkpoint.load_weights_only=true with checkpoint.load"
-    if not own and metadata.step >= config.train.steps:
+    if not _is_own(config, path) and metadata.step >= config.train.steps:
         more = f"the checkpoint {path} is at step {metadata.step} already; ask for more steps"
         raise ConfigError("train.steps", config.train.steps, more)
     for key in ("parallel.distributed_optimizer", "train.global_batch_size", "train.sequence_length", "data.mode"):
@@ -190,13 +217,23 @@ def restore(run: Run) -> None:
     for name, found in _gather_checksums(path, names).items():
         if found != metadata.manifest[name]:
             raise _corrupt(path, f"{name} is not the file that was saved (its checksum differs)")
-    own = path.is_relative_to(run.folder)
-    weights_only = run.config.checkpoint.load_weights_only and not own
-    state = dist_checkpointing.load(
-        _sharded_state(run, loading=True, metadata=metadata, weights_only=weights_only), str(path)
-    )
+    weights_only = _weights_only(run.config, path)
+    wanted = _sharded_state(run, loading=True, metadata=metadata, weights_only=weights_only)
+    starts_convolution = run.config.attention.key_conv > 0 and _key_conv(metadata) == 0
+    if starts_convolution:
+        # Exactly these keys are not there to be loaded; any other that is missing still fails.
+        for index in range(len(run.chunks)):
+            weights = wanted[_chunk_key(run, index)]
+            wanted[_chunk_key(run, index)] = {k: v for k, v in weights.items() if KEY_CONV_PREFIX not in k}
+        if dist.get_rank() == 0:
+            _LOG.info("The checkpoint %s has no key convolution: it starts as the identity.", path)
+    state = dist_checkpointing.load(wanted, str(path))
     for index, chunk in enumerate(run.chunks):
-        unwrap_model(chunk).load_state_dict(state[_chunk_key(run, index)], strict=True)
+        model = unwrap_model(chunk)
+        weights = state[_chunk_key(run, index)]
+        if starts_convolution:
+            weights |= {k: v for k, v in model.state_dict().items() if KEY_CONV_PREFIX in k}
+        model.load_state_dict(weights, strict=True)
     if weights_only:
         run.optimizer.reload_model_params()
         return
@@ -204,12 +241,22 @@ def restore(run: Run) -> None:
     run.scheduler.load_state_dict(state["scheduler"])
     run.loader.load_state_dict(metadata.data)
     run.step, run.tokens = metadata.step, metadata.tokens
+    _tell_other_plan(run.config, metadata)
     if "random" in state:
         load_random_state(state["random"])
     elif dist.get_rank() == 0:
         _LOG.info(
             "Another layout than the checkpoint's: random state starts afresh (nothing in these models draws from it)."
         )
+
+
+def _tell_other_plan(config: RunConfig, metadata: Metadata) -> None:
+    """Layer plan and schedule may change on resume; what changed is said."""
+    defaults, ours = to_dict(AttentionConfig()), json.loads(json.dumps(to_dict(config.attention)))
+    for key in (*PLAN_KEYS, "schedule"):
+        theirs = metadata.config["attention"].get(key, defaults[key])
+        if list(theirs) != ours[key] if isinstance(ours[key], list) else theirs != ours[key]:
+            _LOG.info("attention.%s was %s until step %d and is now %s", key, theirs, metadata.step, ours[key])
 
 
 @contextlib.contextmanager

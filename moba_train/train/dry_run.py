@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import Any
 
 from moba_train.config.schema import RunConfig, to_dict
 from moba_train.config.validate import data_parallel_size
-from moba_train.model.layer_plan import LayerKind, describe, layer_plan
+from moba_train.model.layer_plan import LayerKind, Plan, describe, plan_phases
 from moba_train.train.estimate import memory_gib, parameter_count
 from moba_train.train.flops import matmul_flops_per_token, training_flops
 from moba_train.train.report import print_table
@@ -19,12 +20,15 @@ __all__ = ["print_plan"]
 def print_plan(config: RunConfig, world_size: int) -> None:
     """Resolved recipe, layer plan, layout, parameters, FLOPs per token and estimated memory of a validated run."""
     model, parallel, train = config.model, config.parallel, config.train
-    attention = planned(config).attention
-    plan = layer_plan(attention, model.num_layers)
     dp = data_parallel_size(config, world_size)
     length = train.sequence_length
-    flops = training_flops(model, plan, [length]) / length
-    full = layer_plan(dataclasses.replace(attention, pattern="full"), model.num_layers)
+    attention = planned(config).attention
+    phases = plan_phases(attention, model.num_layers)
+    ends = [*(start for start, _ in phases[1:]), train.steps]
+    costs = [training_flops(model, plan, [length]) / length for _, plan in phases]
+    shares = [(end - start) / train.steps for (start, _), end in zip(phases, ends, strict=True)]
+    flops = sum(cost * share for cost, share in zip(costs, shares, strict=True))
+    full = tuple(dataclasses.replace(layer, kind=LayerKind.FULL) for layer in phases[0][1])
     dense = training_flops(model, full, [length]) / length
     tokens = train.global_batch_size * length
 
@@ -32,8 +36,8 @@ def print_plan(config: RunConfig, world_size: int) -> None:
     print_table(
         f"{config.recipe}: {model.name} on {world_size} GPUs",
         [
-            ("layer plan", describe(plan) + (", before auto chooses" if attention != config.attention else "")),
-            ("full layers", ", ".join(str(i) for i, x in enumerate(plan) if x.kind is LayerKind.FULL) or "none"),
+            *_plan_rows(phases, ends, costs),
+            *([("  and dense last layers", "as auto will choose")] if attention != config.attention else []),
             (
                 "tensor x pipeline x context x data",
                 f"{parallel.tensor} x {parallel.pipeline} x {parallel.context} x {dp}",
@@ -43,11 +47,23 @@ def print_plan(config: RunConfig, world_size: int) -> None:
             ("micro-batches per step and rank", train.global_batch_size // dp),
             ("tokens per step", tokens),
             ("tokens in all", tokens * train.steps),
-            ("parameters", parameter_count(model)),
-            ("FLOPs per token, forward and backward", f"{flops:.4g}"),
+            ("parameters", parameter_count(model, config.attention.key_conv)),
+            ("FLOPs per token, forward and backward", f"{flops:.4g}" + (", mean over training" if ends[1:] else "")),
             ("  of these in matrix products", f"{3 * matmul_flops_per_token(model):.4g}"),
             ("  if every layer were full", f"{dense:.4g} ({dense / flops:.2f} x)"),
         ],
     )
     rows = [(name, f"{size:.2f}") for name, size in memory_gib(config, world_size).items()]
     print_table("Estimated memory per GPU, GiB", rows)
+
+
+def _plan_rows(phases: list[tuple[int, Plan]], ends: list[int], costs: list[float]) -> list[tuple[str, Any]]:
+    """The layers, and of a schedule every phase with its steps (counted from 1, both ends included) and FLOPs."""
+    rows: list[tuple[str, Any]] = []
+    for (start, plan), end, cost in zip(phases, ends, costs, strict=True):
+        steps = f", steps {start + 1} to {end}" if ends[1:] else ""
+        full = ", ".join(str(i) for i, layer in enumerate(plan) if layer.kind is LayerKind.FULL)
+        rows += [(f"layer plan{steps}", describe(plan)), ("  full layers", full or "none")]
+        if steps:
+            rows.append(("  FLOPs per token", f"{cost:.4g}"))
+    return rows

@@ -12,9 +12,10 @@ from moba_train.config.validate import data_parallel_size
 __all__ = ["memory_gib", "parameter_count"]
 
 
-def parameter_count(model: ModelConfig) -> int:
-    """Parameters of the whole model, tied embeddings once."""
-    return model.num_layers * _layer_parameters(model) + _embedding_parameters(model) + model.hidden_size
+def parameter_count(model: ModelConfig, key_conv: int = 0) -> int:
+    """Parameters of the whole model, tied embeddings once, with key convolutions of this width."""
+    layer = _layer_parameters(model) + key_conv * model.num_key_value_heads * model.head_dim
+    return model.num_layers * layer + _embedding_parameters(model) + model.hidden_size
 
 
 def memory_gib(config: RunConfig, world_size: int) -> dict[str, float]:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from moba_train import device as devices
 from moba_train.config.schema import RunConfig
 from moba_train.data.info import dataset_info
-from moba_train.model.layer_plan import describe, layer_plan
+from moba_train.model.layer_plan import describe, layer_plan, plan_phases
 from moba_train.train import checkpoint
 from moba_train.train.dense_layers import resolve_dense_layers
 from moba_train.train.dry_run import print_plan
@@ -74,12 +74,16 @@ def _train(run: Run, stop: _StopSignal) -> None:
                 result = train_step(run, stop.received is not None)
             clock.flops += result.flops
             stopped = result.stop
-            if first and (run.step % config.metrics.log_every == 0 or run.step == config.train.steps):
+            changed = plan != told_plan  # a switch is told at its own step, however seldom others are
+            if first and (changed or run.step % config.metrics.log_every == 0 or run.step == config.train.steps):
                 record = _record(run, result, clock)
-                if plan != told_plan:
-                    record["layer_plan"] = told_plan = plan
+                if changed:
+                    record["layer_plan"] = plan
+                    if told_plan:
+                        metrics.say(f"step {run.step}: layers now {plan}")
                 metrics.write(record)
                 metrics.show(run.step, config.train.steps, record, clock.eta(config.train.steps - run.step))
+            told_plan = plan
             every = config.train.validate_every
             if every and run.step % every == 0:
                 _validate(run, metrics)
@@ -155,12 +159,16 @@ def _validate(run: Run, metrics: Metrics) -> None:
 
 def _announce(run: Run, metrics: Metrics) -> None:
     config, groups = run.config, run.groups
+    phases = plan_phases(config.attention, config.model.num_layers)
     plan = layer_plan(config.attention, config.model.num_layers, run.step)
     axes = ", ".join(f"{axis} {getattr(groups, axis).size}" for axis in ("tensor", "pipeline", "context", "data"))
     hardware = f"{groups.world_size} x {devices.device_name()}"
     peak, source = devices.peak_flops()
     metrics.say(f"{config.recipe}: {config.model.name} on {hardware}, {config.precision}; {axes}")
     metrics.say(f"layers: {describe(plan)}; MFU against {peak / 1e12:.3g} TFLOP/s ({source})")
+    for step, later in phases:
+        if step > run.step:
+            metrics.say(f"  after step {step}: {describe(later)}")
     if run.step:
         metrics.say(f"going on from step {run.step}")
 

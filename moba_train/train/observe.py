@@ -147,7 +147,7 @@ class _Watch:
         layer = module.layer
         if layer.kind is not LayerKind.MOBA:
             return
-        picks_THK = route(q_THD, k_TGD, self._held[seq], self.group, layer.block_size, layer.top_k)
+        picks_THK = route(q_THD, k_TGD, self._held[seq], [self.group], layer.routing)
         if (seq, layer) not in self._sampled:
             self._sampled[seq, layer] = _sample(seq, layer)
         mass_H, rows_n = None, self._sampled[seq, layer]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,8 @@ def draw(folder: Path, sequence_length: int) -> list[Path]:
         if validation:
             axes.plot(*zip(*validation, strict=True), "o-", label="validation", markersize=4)
         axes.set(xlabel="step", ylabel="loss (nats per token)", title=folder.name)
-        axes.legend()
+        axes.legend(loc="upper right")
+        _mark_switches(axes, records)
         pictures.append(_save(figure, folder / "loss.png"))
     by_position = [r for r in records if "validation_loss_by_position" in r]
     if by_position:
@@ -59,6 +62,17 @@ def print_table(title: str, rows: list[tuple[str, Any]]) -> None:
     for name, value in rows:
         table.add_row(name, _format(value))
     Console().print(table)
+
+
+def _mark_switches(axes: Any, records: list[dict[str, Any]]) -> None:
+    """A labelled vertical line before the first step of every new layer plan."""
+    plans = [(r["step"], r["layer_plan"]) for r in records if "layer_plan" in r]
+    for (_, before), (step, plan) in itertools.pairwise(plans):
+        if plan != before:  # a resumed run tells its plan again
+            axes.axvline(step - 0.5, color="0.4", linestyle="--", linewidth=0.8)
+            label = textwrap.shorten(plan, 48, placeholder=" ...")
+            place = {"rotation": 90, "ha": "right", "va": "bottom", "fontsize": 7}
+            axes.text(step - 0.5, 0.02, label, transform=axes.get_xaxis_transform(), **place)
 
 
 def _format(value: Any) -> str:

@@ -6,6 +6,7 @@ Order: preflight (no process group, no GPU), device, process groups, run folder,
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import time
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from moba_train.data.loader import Loader
 from moba_train.data.pretrain import PretrainData, build_datasets
 from moba_train.data.validate import check_data
 from moba_train.model.build import build_model
-from moba_train.model.layer_plan import layer_plan
+from moba_train.model.layer_plan import plan_phases
 from moba_train.model.rope import inverse_frequencies
 from moba_train.parallel import groups as mesh
 from moba_train.parallel.seed import seed_everything
@@ -32,6 +33,8 @@ from moba_train.train import checkpoint
 from moba_train.train.optimizer import build_optimizer, build_scheduler
 
 __all__ = ["Run", "close", "planned", "preflight", "setup"]
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass
@@ -69,7 +72,7 @@ def preflight(config: RunConfig) -> int:
                 f"torchrun started {started} process(es); leave it out, or add dry_run=true to pretend",
             )
     validate(config, world_size)
-    layer_plan(planned(config).attention, config.model.num_layers)
+    plan_phases(planned(config).attention, config.model.num_layers)
     if not config.dry_run:
         check_data(config.data, vocab_size=config.model.vocab_size, sequence_length=config.train.sequence_length)
         _check_machine(config)
@@ -101,7 +104,7 @@ def setup(config: RunConfig) -> Run:
     groups = mesh.initialize(config.parallel, devices.collective_backend(), device)
     seed_everything(config.train.seed, groups.pipeline.rank)
     folder = _shared_folder(config)
-    config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(folder)))
+    config = _as_begun(dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(folder))), folder)
 
     chunks = build_model(planned(config), groups, device)
     optimizer = build_optimizer(config, chunks)
@@ -132,6 +135,18 @@ def setup(config: RunConfig) -> Run:
 def planned(config: RunConfig) -> RunConfig:
     """The configuration before anything was measured: no dense last layers where `auto` will choose them."""
     return config.with_dense_last_layers(0) if config.attention.dense_last_layers == "auto" else config
+
+
+def _as_begun(config: RunConfig, folder: Path) -> RunConfig:
+    """A resumed run keeps the dense last layers that `auto` chose when it began."""
+    if config.attention.dense_last_layers != "auto":
+        return config
+    start = checkpoint.find_start(config)
+    if start is None or not start.is_relative_to(folder):
+        return config
+    number = checkpoint.read_metadata(start).config["attention"]["dense_last_layers"]
+    _LOG.info("attention.dense_last_layers=auto: %d, as when this run began", number)
+    return config.with_dense_last_layers(number)
 
 
 def close() -> None:

@@ -1,4 +1,6 @@
-"""Every backend of an op on every device at hand, as fixtures: `moba_backend`, `full_backend`, `gate_backend`."""
+"""Every backend of an op on every device at hand, as fixtures: `moba_backend`, `full_backend`, `gate_backend`,
+`conv_backend`.
+"""
 
 from __future__ import annotations
 
@@ -55,4 +57,9 @@ def full_backend(request: pytest.FixtureRequest) -> Backend:
 
 @pytest.fixture(params=_params("select_from_means"))
 def gate_backend(request: pytest.FixtureRequest) -> Backend:
+    return request.param
+
+
+@pytest.fixture(params=_params("convolve_keys"))
+def conv_backend(request: pytest.FixtureRequest) -> Backend:
     return request.param

@@ -23,7 +23,7 @@ def assert_same(actual: Result, expected: Result, dtype: torch.dtype, case: Case
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_moba_equals_reference(case: Case, moba_backend) -> None:
-    seq, sizes = case.sequence(), {"block_size": case.block_size, "top_k": case.top_k}
+    seq, sizes = case.sequence(), case.routing
     for dtype in moba_backend.dtypes:
         inputs = case.inputs(dtype, moba_backend.device)
         picks = select_blocks(inputs.q_THD, inputs.k_SGD, seq, **sizes, backend="reference")
@@ -36,7 +36,7 @@ def test_moba_equals_reference(case: Case, moba_backend) -> None:
 def test_portable_without_reading_sizes(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """The path of a GPU, where an upper bound stands for the number of tiles and every tile is masked."""
     monkeypatch.setattr(portable, "_on_host", lambda tensor: False)
-    seq, sizes, dtype = case.sequence(), {"block_size": case.block_size, "top_k": case.top_k}, torch.float64
+    seq, sizes, dtype = case.sequence(), case.routing, torch.float64
     inputs = case.inputs(dtype)
     picks = select_blocks(inputs.q_THD, inputs.k_SGD, seq, **sizes)
     run = partial(moba_attention, seq=seq, picks=picks, **sizes)
@@ -58,7 +58,7 @@ def test_full_equals_reference(case: Case, full_backend) -> None:
 def test_covering_picks_are_full_attention(name: str, moba_backend) -> None:
     """Sparsity 0, the debugging anchor; given picks no backend may take the dense path instead."""
     case = CASES_BY_NAME[name]
-    seq, sizes = case.sequence(), {"block_size": case.block_size, "top_k": case.top_k}
+    seq, sizes = case.sequence(), case.routing
     for dtype in moba_backend.dtypes:
         inputs = case.inputs(dtype, moba_backend.device)
         picks = select_blocks(inputs.q_THD, inputs.k_SGD, seq, **sizes)
@@ -88,7 +88,7 @@ def test_one_pick_is_block_local_attention(moba_backend) -> None:
 def test_low_precision(name: str, dtype: torch.dtype, sparse: bool, device: str) -> None:
     """At most twice (gradients: thrice) the error of torch in the same dtype."""
     case = CASES_BY_NAME[name]
-    seq, sizes, scale = case.sequence(), {"block_size": case.block_size, "top_k": case.top_k}, case.head_dim**-0.5
+    seq, sizes, scale = case.sequence(), case.routing, case.head_dim**-0.5
     inputs = case.inputs(dtype, device)
     if sparse:
         picks = select_blocks(inputs.q_THD, inputs.k_SGD, seq, **sizes)
@@ -110,7 +110,7 @@ def test_unseen_keys_get_zero_gradient(name: str, moba_backend) -> None:
     case = CASES_BY_NAME[name]
     seq = case.sequence()
     inputs = case.inputs(torch.float32, moba_backend.device)
-    sizes = {"block_size": case.block_size, "top_k": case.top_k}
+    sizes = case.routing
     picks = select_blocks(inputs.q_THD, inputs.k_SGD, seq, **sizes)
     result = run_op(partial(moba_attention, seq=seq, picks=picks, **sizes, backend=moba_backend.name), inputs)
     group = case.heads // case.key_heads
@@ -125,7 +125,7 @@ def test_gradient_of_one_output_only(case: Case, moba_backend, full_backend) -> 
     """A missing gradient counts as zero, for out and for lse."""
     seq, dtype = case.sequence(), torch.float32
     for op, backend in (
-        (partial(moba_attention, block_size=case.block_size, top_k=case.top_k), moba_backend),
+        (partial(moba_attention, **case.routing), moba_backend),
         (full_attention, full_backend),
     ):
         inputs = case.inputs(dtype, backend.device)

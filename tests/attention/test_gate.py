@@ -19,12 +19,15 @@ from tests.helpers.cases import CASES, Case, zigzag_positions
 from tests.helpers.tolerance import TOLERANCE
 
 
-def assert_same_routing(picks: Tensor, expected: Tensor, q_THD: Tensor, means_NGD: Tensor) -> None:
+def assert_same_routing(picks: Tensor, expected: Tensor, q_THD: Tensor, means_NGD: Tensor, shared: bool) -> None:
     """Equal picks, but where two blocks' exact scores are closer than fp32 can tell."""
     assert picks.dtype == torch.int32
     assert picks.shape == expected.shape
-    means_NHD = means_NGD.double().repeat_interleave(q_THD.shape[1] // means_NGD.shape[1], 1)
+    group = q_THD.shape[1] // means_NGD.shape[1]
+    means_NHD = means_NGD.double().repeat_interleave(group, 1)
     scores_THN = torch.einsum("thd,nhd->thn", q_THD.detach().double(), means_NHD)
+    if shared:
+        scores_THN = scores_THN.unflatten(1, (-1, group)).sum(2).repeat_interleave(group, 1)
     bound = TOLERANCE[torch.float32] * float(scores_THN.abs().max()) if scores_THN.numel() else 0.0
     t, h, rank = (picks != expected).nonzero(as_tuple=True)
     assert ((picks >= 0) == (expected >= 0)).all()
@@ -36,7 +39,7 @@ def assert_same_routing(picks: Tensor, expected: Tensor, q_THD: Tensor, means_NG
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_routing_equals_reference(case: Case, gate_backend) -> None:
-    seq, sizes = case.sequence(), {"block_size": case.block_size, "top_k": case.top_k}
+    seq, sizes = case.sequence(), case.routing
     for dtype in gate_backend.dtypes:
         q, k = case.inputs(dtype, gate_backend.device)[:2]
         picks = select_blocks(q, k, seq, **sizes, backend=gate_backend.name)
@@ -45,7 +48,7 @@ def test_routing_equals_reference(case: Case, gate_backend) -> None:
         if gate_backend.name == "portable" or case.quantised:
             assert torch.equal(picks, expected)
         else:
-            assert_same_routing(picks, expected, q, block_means(k, seq, case.block_size))
+            assert_same_routing(picks, expected, q, block_means(k, seq, case.block_size), case.share_picks_in_group)
 
 
 def test_order_of_picks() -> None:
@@ -76,6 +79,38 @@ def test_heads_of_a_group_choose_freely() -> None:
     q = torch.eye(2).expand(3, 2, 2)
     picks = select_blocks(q, k, SequenceInfo([0, 3]), block_size=1, top_k=2)
     assert picks[2].tolist() == [[2, 0], [2, 1]]
+
+
+def test_previous_block_comes_second_whatever_its_score() -> None:
+    k = torch.tensor([5.0, 5.0, 9.0, 9.0, 3.0, 3.0, -2.0, -2.0, 1.0, 1.0])[:, None, None]
+    q, seq = torch.ones(10, 1, 1), SequenceInfo([0, 2, 10])
+    picks = select_blocks(q, k, seq, block_size=2, top_k=3, force_previous_block=True)[:, 0].tolist()
+    assert picks[1] == [0, -1, -1]
+    assert picks[3] == [1, -1, -1]  # the block before belongs to another document
+    assert picks[4] == [2, 1, -1]
+    assert picks[7] == [3, 2, 1]
+    assert picks[9] == [4, 3, 1]
+    two = select_blocks(q, k, seq, block_size=2, top_k=2, force_previous_block=True)[:, 0].tolist()
+    assert [two[row] for row in (1, 3, 5, 9)] == [[0, -1], [1, -1], [2, 1], [4, 3]]
+
+
+def test_a_group_that_shares_picks_by_its_mean_query() -> None:
+    k = torch.tensor([[3.0, 0.0], [0.0, 2.0], [2.0, 2.0], [0.0, 0.0]])[:, None]
+    q = torch.eye(2).expand(4, 2, 2)
+    free = select_blocks(q, k, SequenceInfo([0, 4]), block_size=1, top_k=2)
+    assert free[3].tolist() == [[3, 0], [3, 1]]
+    shared = select_blocks(q, k, SequenceInfo([0, 4]), block_size=1, top_k=2, share_picks_in_group=True)
+    assert shared[3].tolist() == [[3, 2], [3, 2]]  # second best for one head, tied for the other, best for both
+
+
+def test_shared_picks_are_those_of_one_head_a_group() -> None:
+    case = Case("", (0, 50, 71), heads=6, key_heads=2, quantised=True)
+    inputs = case.inputs()
+    shared = select_blocks(*inputs[:2], case.sequence(), **case.routing | {"share_picks_in_group": True})
+    alone = select_blocks(
+        inputs.q_THD.unflatten(1, (2, 3)).sum(2), inputs.k_SGD, case.sequence(), block_size=8, top_k=3
+    )
+    assert torch.equal(shared, alone.repeat_interleave(3, 1))
 
 
 def test_means_are_not_rounded_to_the_dtype_of_keys() -> None:

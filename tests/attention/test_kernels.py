@@ -31,6 +31,9 @@ SHAPES = (
     Case("top-1", (0, 1000), 2, 2, 128, 128, 1),
     Case("zigzag", (0, 700, 1300), 4, 2, 128, 96, 3, q_positions=zigzag_positions(1300, 1, 5)),
     Case("decode", (0, 700, 1300), 8, 2, 128, 96, 3, q_positions=(1299,)),
+    Case("previous-forced", (0, 700, 1300), 4, 2, 128, 64, 4, force_previous_block=True),
+    Case("picks-shared", (0, 700, 1300), 8, 2, 128, 64, 4, share_picks_in_group=True),
+    Case("picks-shared-64", (0, 1020), 8, 1, 64, 32, 12, force_previous_block=True, share_picks_in_group=True),
 )
 # Edges of the documents and of the queries; tests/attention/test_kernels_interpreter.py has more of them.
 EDGES = (
@@ -62,12 +65,12 @@ def _check(op, reference_op, case: Case, dtype: torch.dtype) -> None:
 
 
 def _picks(case: Case, inputs: Inputs, backend: str = "portable") -> Tensor:
-    sizes = {"block_size": case.block_size, "top_k": case.top_k}
+    sizes = case.routing
     return select_blocks(inputs.q_THD, inputs.k_SGD, case.sequence(), **sizes, backend=backend)
 
 
 def _moba(case: Case, picks: Tensor):
-    sizes = {"block_size": case.block_size, "top_k": case.top_k}
+    sizes = case.routing
     return partial(moba_attention, seq=case.sequence(), picks=picks, **sizes, backend="triton")
 
 
@@ -129,7 +132,7 @@ def test_repetitions_stay_within_rounding() -> None:
 def test_forward_and_backward_record_into_a_cuda_graph() -> None:
     case = SHAPES[0]
     inputs = case.inputs(torch.bfloat16, "cuda")
-    seq, sizes = case.sequence(), {"block_size": case.block_size, "top_k": case.top_k}
+    seq, sizes = case.sequence(), case.routing
 
     def step() -> tuple[Tensor, ...]:
         # Leaves of its own: those of another step belong to that step's stream, which a capture may not wait for.
@@ -155,7 +158,7 @@ def test_forward_and_backward_record_into_a_cuda_graph() -> None:
 def test_compiled_model_gives_the_same() -> None:
     case = SHAPES[0]
     inputs = case.inputs(torch.bfloat16, "cuda")
-    seq, sizes = case.sequence(), {"block_size": case.block_size, "top_k": case.top_k}
+    seq, sizes = case.sequence(), case.routing
 
     def layer(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         out, lse = moba_attention(q * 2, k, v, seq, **sizes)

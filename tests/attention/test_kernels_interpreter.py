@@ -15,7 +15,7 @@ from functools import partial
 import pytest
 import torch
 
-from moba_train.attention import full_attention, moba_attention, reference, select_blocks
+from moba_train.attention import convolve_keys, full_attention, moba_attention, reference, select_blocks
 from moba_train.attention.gate import block_means, block_sums
 from tests.helpers.cases import CASES_BY_NAME, Case, Inputs, Result, run_op
 from tests.helpers.tolerance import assert_close, assert_low_precision
@@ -28,6 +28,17 @@ FP32 = (
     "strided-inputs",
     "zigzag-last-rank",
     "decode-batch",
+    "previous-forced-into-two",
+    "picks-shared-previous-forced",
+)
+GATE = (
+    "ties",
+    "gqa-odd-group",
+    "empty-documents",
+    "previous-forced-ties",
+    "previous-forced-zigzag",
+    "picks-shared-ties",
+    "picks-shared-decode",
 )
 FP16 = ("empty-documents", "mqa", "chunked-prefill")
 
@@ -73,7 +84,7 @@ def _attend(case: Case, picks: torch.Tensor, **options):
 
 
 def _picks(case: Case, inputs: Inputs) -> torch.Tensor:
-    sizes = {"block_size": case.block_size, "top_k": case.top_k}
+    sizes = case.routing
     return select_blocks(inputs.q_THD, inputs.k_SGD, case.sequence(), **sizes, backend="reference")
 
 
@@ -86,7 +97,7 @@ def test_fp32_equals_reference(name: str) -> None:
     seq, inputs = case.sequence(), case.inputs(torch.float32)
     picks = _picks(case, inputs)
     means = block_means(inputs.k_SGD, seq, case.block_size)
-    sizes = {"block_size": case.block_size, "top_k": case.top_k}
+    sizes = case.routing
     assert torch.equal(gate_kernels.select_from_means(inputs.q_THD, means, seq, **sizes), picks)
     run = partial(moba_attention, seq=seq, picks=picks, **sizes, backend="reference")
     expected = run_op(run, inputs)
@@ -118,7 +129,7 @@ def test_deterministic_gradients_equal_reference() -> None:
     case = CASES_BY_NAME["last-block-of-one"]
     inputs = case.inputs(torch.float32)
     picks = _picks(case, inputs)
-    run = partial(moba_attention, seq=case.sequence(), picks=picks, block_size=case.block_size, top_k=case.top_k)
+    run = partial(moba_attention, seq=case.sequence(), picks=picks, **case.routing)
     expected = run_op(partial(run, backend="reference"), inputs)
     actual = run_op(_attend(case, picks, deterministic=True), inputs)
     for field, got, want in zip(Result._fields, actual, expected, strict=True):
@@ -129,7 +140,7 @@ def test_deterministic_gradients_equal_reference() -> None:
 def test_compiles_around_the_ops() -> None:
     case = CASES_BY_NAME["last-block-of-one"]
     seq, inputs = case.sequence(), case.inputs(torch.float32)
-    sizes = {"block_size": case.block_size, "top_k": case.top_k, "backend": "triton"}
+    sizes = case.routing | {"backend": "triton"}
 
     def layer(q, k, v):
         out, lse = moba_attention(q * 2, k, v, seq, **sizes)
@@ -150,15 +161,31 @@ def test_full_attention_equals_reference() -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("name", ["ties", "gqa-odd-group", "empty-documents"])
+@pytest.mark.parametrize("name", GATE)
 def test_gate_equals_reference(name: str) -> None:
     from moba_train.attention.kernels import gate as gate_kernels
 
     case = CASES_BY_NAME[name]
     seq, inputs = case.sequence(), case.inputs(torch.float16)
     means = block_means(inputs.k_SGD, seq, case.block_size)
-    sizes = {"block_size": case.block_size, "top_k": case.top_k}
+    sizes = case.routing
     assert torch.equal(gate_kernels.select_from_means(inputs.q_THD, means, seq, **sizes), _picks(case, inputs))
+
+
+@interpreted
+@pytest.mark.parametrize("name", ["strided-inputs", "empty-documents", "zigzag-last-rank", "long-lists"])
+def test_key_convolution_equals_reference(name: str) -> None:
+    case, seq = CASES_BY_NAME[name], CASES_BY_NAME[name].sequence()
+    inputs = case.inputs(torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(case.key_heads, case.head_dim, 3, generator=generator).requires_grad_()
+    grad = inputs.dout_THD[:, : case.key_heads]
+    results = []
+    for backend in ("triton", "reference"):
+        out = convolve_keys(inputs.k_SGD, weight, seq, backend=backend)
+        results.append([out, *torch.autograd.grad(out, (inputs.k_SGD, weight), grad)])
+    for field, got, want in zip(("out", "dk", "dweight"), *results, strict=True):
+        assert_close(got, want, torch.float32, field)
 
 
 @interpreted

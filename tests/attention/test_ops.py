@@ -32,6 +32,7 @@ def q(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         ((q(dtype=torch.int64),) * 3, {}, "floating point"),
         ((q(), q().to("meta"), q().to("meta")), {}, "share a device"),
         ((q(), q(), q()), {"top_k": 0}, "top_k"),
+        ((q(), q(), q()), {"top_k": 1, "force_previous_block": True}, "at least 2"),
         ((q(), q(), q()), {"block_size": 0}, "block_size"),
         ((q(), q(), q()), {"block_size": 2.0}, "block_size"),
         ((q(), q(), q()), {"top_k": True}, "top_k"),

@@ -48,7 +48,7 @@ def test_moba_parts_make_the_whole(case: Case, how: str, moba_backend) -> None:
     if dtype == torch.float32 and not case.fp32_gradients:
         pytest.skip("lse in fp32 is too coarse for this case's gradients")
     q, k, *_ = case.inputs(dtype, moba_backend.device)
-    sizes = {"block_size": case.block_size, "top_k": case.top_k}
+    sizes = case.routing
     picks = select_blocks(q, k, case.sequence(), **sizes)
     op = partial(moba_attention, picks=picks, **sizes)
     reference = partial(op, backend="reference")
@@ -74,7 +74,7 @@ def test_queries_that_see_nothing(sparse: bool, moba_backend, full_backend) -> N
     held, dtype = [30, 31, 32, 57], torch.float32
     inputs = case.inputs(dtype, backend.device)
     seq = SequenceInfo(case.cu_seqlens, k_positions=held)
-    sizes = {"block_size": case.block_size, "top_k": case.top_k}
+    sizes = case.routing
     picks = select_blocks(inputs.q_THD, inputs.k_SGD, case.sequence(), **sizes)
     k, v = (tensor.detach()[held].requires_grad_() for tensor in (inputs.k_SGD, inputs.v_SGD))
     inputs = inputs._replace(k_SGD=k, v_SGD=v)

@@ -29,6 +29,12 @@ def test_the_command_line_wins_over_the_recipe():
 
 def test_a_pattern_with_commas_needs_no_quotes():
     assert compose(["attention.pattern=moba*3,full"]).attention.pattern == "moba*3,full"
+    assert compose(['attention.pattern="moba*3,full"']).attention.pattern == "moba*3,full"
+
+
+@pytest.mark.parametrize("path", ["a=b,c", "with space", "x(1)", 'C:\\runs\\"q"', "~/runs", "über/läufe"])
+def test_any_path_needs_no_quotes(path):
+    assert compose([f"run.dir={path}"]).run.dir == path
     assert compose(['attention.pattern="full,moba"']).attention.pattern == "full,moba"
 
 

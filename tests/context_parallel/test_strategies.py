@@ -21,7 +21,8 @@ from tests.helpers.tolerance import TOLERANCE
 
 HEAD_DIM = 8
 OPS = {"full": full_attention, "moba": moba_attention}
-# lengths of the documents; heads: "gqa", "mha" or "mqa"; block size; top_k
+PREVIOUS, SHARED = {"force_previous_block": True}, {"share_picks_in_group": True}
+# lengths of the documents; heads: "gqa", "mha" or "mqa"; block size; top_k; options of the gate
 CASES = {
     "one_document": ([61], "gqa", 8, 3),
     "packed": ([5, 0, 1, 17, 1, 1, 9, 0, 30], "gqa", 4, 2),
@@ -35,6 +36,9 @@ CASES = {
     "one_key_head": ([37, 8], "mqa", 8, 3),
     "as_many_key_heads": ([37, 8], "mha", 8, 3),
     "nothing": ([], "gqa", 4, 2),
+    "previous_forced": ([5, 0, 1, 17, 1, 1, 9, 0, 30], "gqa", 4, 3, PREVIOUS),
+    "picks_shared": ([37, 8], "gqa", 4, 3, SHARED),
+    "picks_shared_by_all_heads": ([37, 8], "mqa", 4, 3, SHARED | PREVIOUS),
 }
 SETTINGS: dict[str, dict] = {
     "all_gather": {"strategy": "all_gather"},
@@ -56,7 +60,7 @@ HIERARCHICAL: dict[str, dict] = {
 CASES_BY_SIZE = {
     2: tuple(CASES),
     3: ("packed", "mostly_padding"),
-    4: ("packed", "single_tokens", "one_key_head"),
+    4: ("packed", "single_tokens", "one_key_head", "picks_shared_by_all_heads"),
     8: ("packed",),
 }
 SETTINGS_BY_SIZE = {
@@ -84,7 +88,7 @@ class Problem:
 
 
 def build(case: str, op_name: str, dtype: torch.dtype, num_ranks: int) -> Problem:
-    lengths, kind, block_size, top_k = CASES[case]
+    lengths, kind, block_size, top_k, *gate = CASES[case]
     num_heads = 4 * num_ranks
     num_key_heads = {"gqa": 2 * num_ranks, "mha": num_heads, "mqa": 1}[kind]
     padding = -sum(lengths) % (2 * num_ranks)
@@ -102,8 +106,8 @@ def build(case: str, op_name: str, dtype: torch.dtype, num_ranks: int) -> Proble
     options: dict = {}
     picks = None
     if op_name == "moba":
-        options |= {"block_size": block_size, "top_k": top_k}
-        picks = select_blocks(inputs[0], inputs[1], seq, block_size=block_size, top_k=top_k)
+        options |= {"block_size": block_size, "top_k": top_k, **(gate[0] if gate else {})}
+        picks = select_blocks(inputs[0], inputs[1], seq, **options)
     routed = options if picks is None else options | {"picks": picks}
     results = differentiate(OPS[op_name], inputs, seq, grad_outputs, routed)
     return Problem(seq, inputs, grad_outputs, options, results, picks)
@@ -158,7 +162,7 @@ def run_case(problem: Problem, op_name: str, settings: dict, team: Team) -> dict
 
     def op(q, k, v, seq, **options):
         if op_name == "moba":
-            routing = {name: options[name] for name in ("block_size", "top_k")}
+            routing = {name: options[name] for name in problem.options}
             if options.get("picks") is None:
                 options["picks"] = select_blocks(q, k, seq, **routing)
             seen.append(options["picks"])

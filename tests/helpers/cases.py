@@ -54,10 +54,22 @@ class Case:
     quantised: bool = False
     q_factor: float = 1.0  # 2**k with `quantised`: exact logits of any size
     strided: bool = False
+    force_previous_block: bool = False
+    share_picks_in_group: bool = False
     fp32_gradients: bool = True  # False where rounding lse itself to fp32 costs gradients more than their tolerance
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def routing(self) -> dict[str, int | bool]:
+        """What `select_blocks` and `moba_attention` take to pick blocks."""
+        return {
+            "block_size": self.block_size,
+            "top_k": self.top_k,
+            "force_previous_block": self.force_previous_block,
+            "share_picks_in_group": self.share_picks_in_group,
+        }
 
     def sequence(self) -> SequenceInfo:
         return SequenceInfo(self.cu_seqlens, self.q_positions)
@@ -148,6 +160,27 @@ CASES = (
     Case("chunked-prefill", (0, 70), q_positions=tuple(range(43, 70))),
     Case("decode", (0, 70), q_positions=(69,)),
     Case("decode-batch", (0, 21, 50, 51, 70), q_positions=(20, 49, 50, 69)),
+    Case("previous-forced", (0, 40, 40, 43, 111), top_k=4, force_previous_block=True),
+    Case("previous-forced-into-two", (0, 40, 61), top_k=2, force_previous_block=True),
+    Case("previous-forced-zigzag", (0, 25, 64), force_previous_block=True, q_positions=zigzag_positions(64, 1, 2)),
+    Case(
+        "previous-forced-ties", (0, 9, 70), head_dim=8, block_size=2, top_k=5, quantised=True, force_previous_block=True
+    ),
+    Case("picks-shared", (0, 50, 71), heads=6, key_heads=2, share_picks_in_group=True),
+    Case("picks-shared-ties", (0, 70), head_dim=8, block_size=2, top_k=5, quantised=True, share_picks_in_group=True),
+    Case("picks-shared-by-one-head", (0, 50), heads=2, key_heads=2, share_picks_in_group=True),
+    Case(
+        "picks-shared-previous-forced",
+        (0, 20, 57),
+        heads=8,
+        top_k=4,
+        strided=True,
+        force_previous_block=True,
+        share_picks_in_group=True,
+    ),
+    Case(
+        "picks-shared-decode", (0, 21, 50, 51, 70), key_heads=1, q_positions=(20, 49, 50, 69), share_picks_in_group=True
+    ),
     Case("blocks-without-queries", (0, 64), top_k=1, q_positions=(40, 63)),
 )
 CASES_BY_NAME = {case.name: case for case in CASES}

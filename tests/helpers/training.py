@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sysconfig
 from pathlib import Path
 
@@ -51,11 +52,18 @@ def small_config(data: Path, run: Path, *overrides: str) -> RunConfig:
 
 def losses(config: RunConfig, steps: int, save: bool = False) -> list[tuple[float, float]]:
     """(loss, gradient norm) of `steps` steps from where the configuration starts; then perhaps a checkpoint."""
+    return _train(config, steps, save)[0]
+
+
+def _train(
+    config: RunConfig, steps: int, save: bool = False, validate: bool = False
+) -> tuple[list[tuple[float, float]], float]:
+    """The steps' (loss, gradient norm), and the validation loss after them (nan unless asked for)."""
     from megatron.core import parallel_state
 
     from moba_train.train import checkpoint
     from moba_train.train.setup import preflight, setup
-    from moba_train.train.step import train_step
+    from moba_train.train.step import train_step, validate_model
 
     torch.set_num_threads(1)
     preflight(config)
@@ -64,19 +72,31 @@ def losses(config: RunConfig, steps: int, save: bool = False) -> list[tuple[floa
         results = [train_step(run, stop_requested=False) for _ in range(steps)]
         if save:
             checkpoint.save(run)
-        return [(result.loss, result.grad_norm) for result in results]
+        validation = validate_model(run).loss if validate else math.nan
+        return [(result.loss, result.grad_norm) for result in results], validation
     finally:
         parallel_state.destroy_model_parallel()  # the process group belongs to the spawned test
 
 
 def losses_of_layouts(
-    rank: int, world_size: int, data: Path, root: Path, layouts: dict[str, list[str]], steps: int
-) -> dict[str, list[tuple[float, float]]]:
-    """Per named layout, the curve from the initial weights saved in root/initial (saved now, if none are there)."""
-    if not (root / "initial").exists():
+    rank: int,
+    world_size: int,
+    data: Path,
+    root: Path,
+    layouts: dict[str, list[str]],
+    steps: int,
+    model: tuple[str, ...] = (),
+) -> dict[str, tuple[list[tuple[float, float]], float]]:
+    """Per named layout, curve and validation loss from the same initial weights, saved by the one-process call.
+
+    model: overrides that change the weights' shapes, and so have initial weights of their own.
+    """
+    initial = root / "-".join(["initial", *model])
+    if not initial.exists():
         assert world_size == 1
-        losses(small_config(data, root / "initial"), 0, save=True)
-    start = [f"checkpoint.load={root / 'initial'}", "checkpoint.load_weights_only=true"]
+        losses(small_config(data, initial, *model), 0, save=True)
+    start = [f"checkpoint.load={initial}", "checkpoint.load_weights_only=true", *model]
     return {
-        name: losses(small_config(data, root / name, *start, *overrides), steps) for name, overrides in layouts.items()
+        name: _train(small_config(data, root / name, *start, *overrides), steps, validate=True)
+        for name, overrides in layouts.items()
     }

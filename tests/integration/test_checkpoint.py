@@ -15,6 +15,11 @@ TWO_RANKS = {
     "data": [],
     "tensor": ["parallel.tensor=2", "parallel.sequence=true"],
     "pipeline": ["parallel.pipeline=2", "parallel.virtual_pipeline=2"],
+    "pipeline, attention switched": [
+        "parallel.pipeline=2",
+        "parallel.virtual_pipeline=2",
+        "attention.schedule=[{step: 2, pattern: full}]",
+    ],
     "context": ["parallel.context=2"],
     "overlapped": ["parallel.overlap_grad_reduce=true"],
     "bf16": ["precision=bf16"],
@@ -24,22 +29,37 @@ STOP, STEPS = 3, 6
 pytestmark = pytest.mark.timeout(900)  # a spawned run has its own, shorter limit
 
 
-def _straight_and_resumed(rank, world_size, data, root, layouts):
-    """Per layout: the curve in one go, and the curve of a run stopped at STOP (and left there) then resumed."""
-    curves = {}
-    for name, overrides in layouts.items():
-        straight = losses(small_config(data, root / f"{name}-straight", *overrides), STEPS)
-        halved = small_config(data, root / name, *overrides)
-        first = losses(halved, STOP, save=True)
-        curves[name] = (straight, first + losses(halved, STEPS - STOP))
-    return curves
-
-
-def _resume_elsewhere(rank, world_size, data, root, layouts):
-    start = f"checkpoint.load={root / 'one'}"
+def _straight_and_stopped(rank, world_size, data, root, layouts):
+    """Per layout: the curve in one go, and that of a run stopped at STOP."""
     return {
-        name: losses(small_config(data, root / f"elsewhere-{name}", start, *overrides), STEPS - STOP)
+        name: (
+            losses(small_config(data, root / f"{name}-straight", *overrides), STEPS),
+            losses(small_config(data, root / name, *overrides), STOP, save=True),
+        )
         for name, overrides in layouts.items()
+    }
+
+
+def _resumed(rank, world_size, data, root, layouts):
+    return {
+        name: losses(small_config(data, root / name, *overrides), STEPS - STOP) for name, overrides in layouts.items()
+    }
+
+
+def _curves(world_size, data, root, layouts):
+    """Per layout (straight, stopped then resumed in new processes)."""
+    before = run_distributed(_straight_and_stopped, world_size, data, root, layouts, timeout=240)[0]
+    after = run_distributed(_resumed, world_size, data, root, layouts, timeout=240)[0]
+    return {name: (straight, stopped + after[name]) for name, (straight, stopped) in before.items()}
+
+
+def _resume_elsewhere(rank, world_size, data, root, starts):
+    """Per name: the curve that goes on from a run's checkpoint under these overrides."""
+    return {
+        name: losses(
+            small_config(data, root / f"elsewhere-{name}", f"checkpoint.load={start}", *overrides), STEPS - STOP
+        )
+        for name, (start, overrides) in starts.items()
     }
 
 
@@ -53,35 +73,74 @@ def data(root):
     return corpus(root / "data")
 
 
+CONVOLVED = ["attention.key_conv=3"]
+
+
 @pytest.fixture(scope="module")
 def one_process(root, data):
-    """(straight, resumed) curves of one process; its checkpoint of step STOP stays in root/one."""
-    return run_distributed(_straight_and_resumed, 1, data, root, {"one": []})[0]["one"]
+    """By name, (straight, resumed) curves of one process; its checkpoint of step STOP stays in root/(name)."""
+    return _curves(1, data, root, {"one": [], "convolved": CONVOLVED})
 
 
-def test_one_process_resumes_bit_identically(one_process):
-    straight, resumed = one_process
+@pytest.mark.parametrize("name", ["one", "convolved"])
+def test_one_process_resumes_bit_identically(one_process, name):
+    straight, resumed = one_process[name]
     assert resumed == straight
 
 
-def test_two_ranks_resume_bit_identically(root, data):
-    curves = run_distributed(_straight_and_resumed, 2, data, root, TWO_RANKS, timeout=240)[0]
-    for layout, (straight, resumed) in curves.items():
-        assert resumed == straight, layout
+@pytest.fixture(scope="module")
+def two_ranks(root, data):
+    return _curves(2, data, root, TWO_RANKS)
 
 
-def test_saved_by_one_loaded_by_two(root, data, one_process):
-    straight, _ = one_process
-    layouts = {
-        "data": [],
-        "tensor": ["parallel.tensor=2"],
-        "pipeline": ["parallel.pipeline=2"],
-        "context": ["parallel.context=2"],
-    }
-    for layout, found in run_distributed(_resume_elsewhere, 2, data, root, layouts)[0].items():
-        for (loss, norm), (expected_loss, expected_norm) in zip(found, straight[STOP:], strict=True):
-            assert loss == pytest.approx(expected_loss, rel=LOSS_RTOL), layout
-            assert norm == pytest.approx(expected_norm, rel=GRAD_NORM_RTOL), layout
+@pytest.mark.parametrize("layout", TWO_RANKS)
+def test_two_ranks_resume_bit_identically(two_ranks, layout):
+    straight, resumed = two_ranks[layout]
+    assert resumed == straight
+
+
+def test_a_switch_of_attention_changes_nothing_before_it(two_ranks):
+    plain, switched = two_ranks["pipeline"][0], two_ranks["pipeline, attention switched"][0]
+    assert switched[:2] == plain[:2]
+    assert switched[2] != plain[2]
+
+
+LAYOUTS = {
+    "one, data": [],
+    "one, tensor": ["parallel.tensor=2"],
+    "one, pipeline": ["parallel.pipeline=2"],
+    "one, context": ["parallel.context=2"],
+    "convolved, tensor": [*CONVOLVED, "parallel.tensor=2"],
+}
+WEIGHTS = {
+    "one, weights": ["checkpoint.load_weights_only=true"],
+    "one, weights, convolution": ["checkpoint.load_weights_only=true", *CONVOLVED],
+}
+
+
+@pytest.fixture(scope="module")
+def elsewhere(root, data, one_process):
+    """Curves of two ranks that start from one process's checkpoints, by layout."""
+    starts = {name: (root / name.partition(",")[0], overrides) for name, overrides in (LAYOUTS | WEIGHTS).items()}
+    return run_distributed(_resume_elsewhere, 2, data, root, starts, timeout=240)[0]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_saved_by_one_loaded_by_two(one_process, elsewhere, layout):
+    straight, _ = one_process[layout.partition(",")[0]]
+    _assert_same(elsewhere[layout], straight[STOP:])
+
+
+def test_saved_by_two_loaded_by_one(root, data, two_ranks):
+    starts = {f"from {layout}": (root / layout, []) for layout in ("tensor", "pipeline", "context")}
+    for name, found in run_distributed(_resume_elsewhere, 1, data, root, starts)[0].items():
+        _assert_same(found, two_ranks[name.removeprefix("from ")][0][STOP:])
+
+
+def _assert_same(curve, expected):
+    for (loss, norm), (expected_loss, expected_norm) in zip(curve, expected, strict=True):
+        assert loss == pytest.approx(expected_loss, rel=LOSS_RTOL)
+        assert norm == pytest.approx(expected_norm, rel=GRAD_NORM_RTOL)
 
 
 class TestDamage:
@@ -182,3 +241,23 @@ def test_what_the_optimizer_and_data_position_depend_on_may_not_change(root, dat
             data, root / "new", f"checkpoint.load={root / 'one'}", "checkpoint.load_weights_only=true", override
         )
     )
+
+
+@pytest.mark.parametrize("start, width", [("one", 3), ("convolved", 4), ("convolved", 0)])
+def test_key_convolutions_are_neither_dropped_nor_begun_by_accident(root, data, one_process, start, width):
+    load = [f"checkpoint.load={root / start}", f"attention.key_conv={width}"]
+    with pytest.raises(ConfigError) as caught:
+        checkpoint.check(small_config(data, root / "new", *load))
+    assert caught.value.key == "attention.key_conv"
+    weights_only = small_config(data, root / "new", *load, "checkpoint.load_weights_only=true")
+    if start == "one":
+        checkpoint.check(weights_only)
+    else:
+        with pytest.raises(ConfigError, match="trained with 3"):
+            checkpoint.check(weights_only)
+
+
+def test_a_checkpoint_without_key_convolutions_starts_them_as_the_identity(elsewhere):
+    without, convolved = elsewhere["one, weights"], elsewhere["one, weights, convolution"]
+    assert convolved[0][0] == without[0][0]
+    assert convolved[1][0] != without[1][0]

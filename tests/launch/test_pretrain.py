@@ -174,6 +174,21 @@ def test_a_plan_is_a_dry_run():
     assert "1m: llama3.1-8b on 64 GPUs" in text
 
 
+def test_a_dry_run_shows_every_phase_of_a_schedule(capsys):
+    schedule = "attention.schedule=[{fraction: 0.25, top_k: 2}, {fraction: 0.9, pattern: full}]"
+    assert pretrain(compose(["recipe=tiny", "dry_run=true", "train.steps=100", schedule])) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for row in (
+        "layer plan, steps 1 to 25 │ moba*3(64,4), full*1",
+        "layer plan, steps 26 to 90 │ moba*3(64,2), full*1",
+        "layer plan, steps 91 to 100 │ full*4",
+    ):
+        assert row in text
+    costs = [float(cost) for cost in re.findall(r"FLOPs per token │ (\S+)", text)]
+    mean = float(re.findall(r"forward and backward │ ([^,]+), mean", text)[0])
+    assert mean == pytest.approx(0.25 * costs[0] + 0.65 * costs[1] + 0.1 * costs[2], rel=1e-3)
+
+
 def test_help_needs_no_torch():
     script = (
         "import sys; from moba_train.config.compose import run_command_line; "

@@ -5,7 +5,15 @@ import dataclasses
 import pytest
 import torch
 
-from moba_train.config.schema import AttentionConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from moba_train.config.schema import (
+    AttentionConfig,
+    AttentionPhase,
+    LayerOverride,
+    ModelConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainConfig,
+)
 from moba_train.model.layer_plan import LayerKind, layer_plan
 from moba_train.train.estimate import parameter_count
 from tests.helpers.spawn import run_distributed
@@ -31,6 +39,14 @@ VARIANTS = {
     "untied": dataclasses.replace(MODEL, tie_embeddings=False),
     "qk_norm": dataclasses.replace(MODEL, qk_norm=True),
 }
+
+
+# Every layer recognisable by its number: after the switch, layer i picks i + 2 blocks, and the last one is full.
+NUMBERED = AttentionConfig(
+    schedule=(
+        AttentionPhase(step=3, full_layers=(3,), overrides=tuple(LayerOverride((i,), top_k=i + 2) for i in range(3))),
+    )
+)
 
 
 def _build(config):
@@ -60,6 +76,7 @@ def _one_process(rank, world_size):
     from megatron.core import parallel_state
 
     from moba_train.model.core_attention import CoreAttention, set_layer_plan
+    from moba_train.model.key_conv import KeyConv
 
     found = {"parameters": {}}
     for name, model in VARIANTS.items():
@@ -78,29 +95,56 @@ def _one_process(rank, world_size):
         with torch.no_grad():
             return chunk(tokens, positions[None], None, packed_seq_params=row)
 
+    parallel_state.destroy_model_parallel()
+    (convolved,) = _build(dataclasses.replace(CONFIG, attention=dataclasses.replace(CONFIG.attention, key_conv=3)))
+    found["parameters"]["key_conv"] = sum(p.numel() for p in convolved.parameters())
+    convolutions = [module for module in convolved.modules() if isinstance(module, KeyConv)]
+    found["convolutions"] = len(convolutions)
+    chunk.load_state_dict(convolved.state_dict(), strict=False)
+
+    def convolved_logits(seen=tokens, **attention):
+        set_layer_plan([convolved], layer_plan(AttentionConfig(**attention), MODEL.num_layers))
+        with torch.no_grad():
+            return convolved(seen, positions[None], None, packed_seq_params=row)
+
+    found["identity"] = (convolved_logits(pattern="moba", block_size=8, top_k=2), logits(block_size=8, top_k=2))
+    generator = torch.Generator().manual_seed(0)
+    for module in convolutions:
+        module.weight.data.normal_(std=50, generator=generator)  # keys are small under initial weights
+    found["convolved"] = convolved_logits(pattern="full")
+    found["convolved, sparsity zero"] = convolved_logits(pattern="moba", block_size=8, top_k=5)
+    changed = tokens.clone()
+    changed[0, :40] = 3
+    found["convolved, other neighbour"] = convolved_logits(changed, pattern="full")
+    options = {"pattern": "moba", "block_size": 8, "top_k": 3}
+    found["options"] = [
+        logits(**options),
+        logits(**options, force_previous_block=True),
+        logits(**options, share_picks_in_group=True),
+    ]
+
     found["full"] = logits(pattern="full")
     found["sparse"] = logits(pattern="moba", block_size=8, top_k=2)
     found["sparsity zero"] = logits(pattern="moba", block_size=8, top_k=5)
     found["full again"] = logits(pattern="full")
     with torch.no_grad():  # the second document's logits, when the first holds other tokens
-        changed = tokens.clone()
-        changed[0, :40] = 3
         found["other neighbour"] = chunk(changed, positions[None], None, packed_seq_params=row)
     return found
 
 
 def _two_stages(rank, world_size, virtual):
+    """(layer number, layer) of this stage's attentions, as built and after a switch."""
     from megatron.core import parallel_state
 
-    from moba_train.model.core_attention import CoreAttention
+    from moba_train.model.core_attention import CoreAttention, set_layer_plan
 
     parallel = ParallelConfig(pipeline=2, virtual_pipeline=virtual)
     chunks = _build(dataclasses.replace(CONFIG, parallel=parallel))
-    found = [
-        (m.layer_number, str(m.layer.kind)) for chunk in chunks for m in chunk.modules() if isinstance(m, CoreAttention)
-    ]
+    modules = [m for chunk in chunks for m in chunk.modules() if isinstance(m, CoreAttention)]
+    built = [(module.layer_number, module.layer) for module in modules]
+    set_layer_plan(chunks, layer_plan(NUMBERED, MODEL.num_layers, 3))
     parallel_state.destroy_model_parallel()
-    return found
+    return built, [(module.layer_number, module.layer) for module in modules]
 
 
 def _both_schedules(rank, world_size):
@@ -115,6 +159,31 @@ def built():
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_parameters_are_as_many_as_estimated(built, variant):
     assert built["parameters"][variant] == parameter_count(VARIANTS[variant])
+
+
+def test_key_convolutions_are_counted_and_in_every_layer(built):
+    assert built["parameters"]["key_conv"] == parameter_count(MODEL, key_conv=3)
+    assert built["convolutions"] == MODEL.num_layers
+
+
+def test_key_convolutions_start_as_the_identity(built):
+    with_zeros, without = built["identity"]
+    assert torch.equal(with_zeros, without)
+    assert (built["convolved"] - built["full"]).abs().max() > 1e-3
+
+
+def test_sparsity_zero_is_full_attention_over_convolved_keys_too(built):
+    assert_close(built["convolved, sparsity zero"], built["convolved"], torch.float32)
+
+
+def test_a_convolution_does_not_see_the_neighbouring_document(built):
+    assert torch.equal(built["convolved, other neighbour"][:, 40:], built["convolved"][:, 40:])
+
+
+def test_gate_options_reach_the_op(built):
+    plain, forced, shared = built["options"]
+    assert not torch.equal(plain, forced)
+    assert not torch.equal(plain, shared)
 
 
 def test_layers_are_numbered_from_one_and_follow_the_plan(built):
@@ -137,8 +206,18 @@ def test_a_document_does_not_see_its_neighbour(built):
     assert not torch.equal(built["other neighbour"][:, :40], built["full"][:, :40])
 
 
-def test_pipeline_stages_hold_their_slice_of_the_plan():
-    kinds = ["moba", "moba", "full", "moba"]
-    plain, interleaved = zip(*run_distributed(_both_schedules, 2), strict=True)
-    assert list(plain) == [[(1, kinds[0]), (2, kinds[1])], [(3, kinds[2]), (4, kinds[3])]]
-    assert list(interleaved) == [[(1, kinds[0]), (3, kinds[2])], [(2, kinds[1]), (4, kinds[3])]]
+@pytest.fixture(scope="module")
+def stages():
+    """By virtual stages per rank, then by rank: (as built, after a switch)."""
+    return dict(zip((1, 2), zip(*run_distributed(_both_schedules, 2), strict=True), strict=True))
+
+
+# Layers counted from 1, as megatron-core does: two stages of two, or dealt out in turn when interleaved.
+@pytest.mark.parametrize("virtual, numbers", [(1, [(1, 2), (3, 4)]), (2, [(1, 3), (2, 4)])])
+def test_pipeline_stages_hold_and_switch_their_slice_of_the_plan(stages, virtual, numbers):
+    first, later = layer_plan(CONFIG.attention, MODEL.num_layers), layer_plan(NUMBERED, MODEL.num_layers, 3)
+    assert [(layer.kind[0], layer.top_k) for layer in later] == [("m", 2), ("m", 3), ("m", 4), ("f", 4)]
+    for rank, expected in enumerate(numbers):
+        built, switched = stages[virtual][rank]
+        assert built == [(number, first[number - 1]) for number in expected]
+        assert switched == [(number, later[number - 1]) for number in expected]

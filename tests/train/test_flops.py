@@ -1,5 +1,7 @@
 """FLOPs, parameters and memory: closed forms against counting one by one."""
 
+import dataclasses
+
 import pytest
 
 from moba_train.config.compose import compose
@@ -35,6 +37,14 @@ def test_moba_with_every_block_is_charged_as_full_and_its_gate():
     moba, full = LayerAttention(LayerKind.MOBA, 16, 4), LayerAttention(LayerKind.FULL, 16, 4)
     gate = 2 * model.num_attention_heads * model.head_dim * gate_pairs(moba, 64)
     assert training_flops(model, (moba,), [64]) == training_flops(model, (full,), [64]) + gate
+
+
+def test_a_gate_shared_by_a_group_is_charged_once_a_group():
+    model, free = ModelConfig(), LayerAttention(LayerKind.MOBA, 16, 2)
+    shared = dataclasses.replace(free, share_picks_in_group=True)
+    fewer = model.num_attention_heads - model.num_key_value_heads
+    difference = training_flops(model, (free,), [70]) - training_flops(model, (shared,), [70])
+    assert difference == 2 * fewer * model.head_dim * gate_pairs(free, 70) > 0
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,11 @@
 import logging
 
 import pytest
+from matplotlib.figure import Figure
 
 from moba_train.config.compose import compose
 from moba_train.train.metrics import Metrics, read_metrics
-from moba_train.train.report import draw
+from moba_train.train.report import _mark_switches, draw
 
 CONFIG = compose(["recipe=tiny", "train.steps=40"])
 
@@ -100,3 +101,11 @@ def test_pictures_are_drawn_from_what_there_is(tmp_path):
     pictures = draw(tmp_path, 128)
     assert [path.name for path in pictures] == ["loss.png", "loss_by_position.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
+
+
+def test_every_switch_is_a_labelled_line_before_its_first_step_and_a_resume_is_none():
+    axes = Figure().subplots()
+    plans = [(1, "moba*4(16,3)"), (3, "moba*4(16,3)"), (5, "full*4"), (9, "moba*4(16,3)")]
+    _mark_switches(axes, [record(2), *({"step": step, "layer_plan": plan} for step, plan in plans)])
+    assert [line.get_xdata()[0] for line in axes.lines] == [4.5, 8.5]
+    assert [text.get_text() for text in axes.texts] == ["full*4", "moba*4(16,3)"]

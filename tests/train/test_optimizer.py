@@ -8,6 +8,8 @@ import pytest
 
 from moba_train.config.compose import compose
 from moba_train.train.optimizer import build_scheduler
+from tests.helpers.spawn import run_distributed
+from tests.helpers.training import corpus, small_config
 
 PEAK, LEAST = 1e-2, 1e-3
 
@@ -66,3 +68,57 @@ def test_wsd_decays_over_the_last_tenth_by_default():
 
 def test_constant():
     assert rates("optim.schedule=constant")[3:] == pytest.approx([PEAK] * 17)
+
+
+def _inspect(rank, world_size, data, root):
+    """Per run: weight decay by parameter name, dtypes, and the first step's gradient norm and Adam's first moment."""
+    import torch
+    from megatron.core import parallel_state
+
+    from moba_train.train.setup import setup
+    from moba_train.train.step import train_step
+
+    found = {}
+    for name, overrides in {
+        "fp32": [],
+        "bf16": ["precision=bf16"],
+        "clipped": ["optim.clip_grad=0.01"],
+    }.items():
+        run = setup(small_config(data, root / name, "parallel.distributed_optimizer=false", *overrides))
+        names = {id(p): n for n, p in run.chunks[0].named_parameters()}
+        model = {id(getattr(p, "main_param", p)): names[id(p)] for p in run.chunks[0].parameters()}
+        groups = run.optimizer.optimizer.param_groups
+        decay = {model[id(p)]: group["wd_mult"] for group in groups for p in group["params"]}
+        masters = {str(p.dtype) for group in groups for p in group["params"]}
+        weights = {str(p.dtype) for p in run.chunks[0].parameters()}
+        gradients = {str(p.main_grad.dtype) for p in run.chunks[0].parameters()}
+        result = train_step(run, stop_requested=False)
+        moments = torch.cat([state["exp_avg"].flatten() for state in run.optimizer.optimizer.state.values()])
+        found[name] = decay, masters, weights, gradients, result.grad_norm, float(moments.norm())
+        parallel_state.destroy_model_parallel()
+    return found
+
+
+@pytest.fixture(scope="module")
+def inspected(tmp_path_factory):
+    root = tmp_path_factory.mktemp("optimizer")
+    return run_distributed(_inspect, 1, corpus(root / "data"), root)[0]
+
+
+def test_weight_decay_leaves_norms_alone(inspected):
+    decay = inspected["fp32"][0]
+    norms = {name for name in decay if "norm" in name}
+    assert len(norms) == 2 * 4 + 1
+    assert {name for name, share in decay.items() if share == 0} == norms
+
+
+def test_bf16_weights_have_fp32_masters_and_gradients(inspected):
+    _, masters, weights, gradients, *_ = inspected["bf16"]
+    assert (masters, weights, gradients) == ({"torch.float32"}, {"torch.bfloat16"}, {"torch.float32"})
+
+
+def test_gradients_are_clipped_by_their_global_norm(inspected):
+    (*_, norm, moment), (*_, clipped_norm, clipped_moment) = inspected["fp32"], inspected["clipped"]
+    assert clipped_norm == pytest.approx(norm)  # what is reported is the norm before clipping
+    assert norm < 1.0 or moment == pytest.approx(0.1, rel=1e-3)
+    assert clipped_moment == pytest.approx(0.1 * 0.01, rel=1e-3)  # (1 - beta1) of the gradient

@@ -28,17 +28,26 @@ def block_sums(k_SGD: Tensor, seq: SequenceInfo, block_size: int) -> Tensor:
 
 
 @torch.no_grad()
-def select_from_means(q_THD: Tensor, means_NGD: Tensor, seq: SequenceInfo, *, block_size: int, top_k: int) -> Tensor:
-    """Pick blocks given all block means -> int32 [T, H, K]: own block, then by falling score, then -1 pads.
+def select_from_means(
+    q_THD: Tensor,
+    means_NGD: Tensor,
+    seq: SequenceInfo,
+    *,
+    block_size: int,
+    top_k: int,
+    force_previous_block: bool = False,
+    share_picks_in_group: bool = False,
+) -> Tensor:
+    """Pick blocks given all block means -> int32 [T, H, K]: forced blocks, then by falling score, then -1 pads.
 
-    Scores are fp32 sums of exact products of q and the split means.
+    Scores are fp32 sums of exact products of q and the split means; a group's are summed head by head.
 
     Raises:
         ValueError: a CPU tensor, a dtype other than bf16, fp16 and fp32, or a head dim above 256.
     """
     check_supported(q_THD)
     table = seq.blocks(block_size).on(q_THD.device)
-    return _select(q_THD, means_NGD, table.first_T, table.own_T, top_k)
+    return _select(q_THD, means_NGD, table.first_T, table.own_T, top_k, 1 + force_previous_block, share_picks_in_group)
 
 
 @torch.library.custom_op("moba_train::block_sums", mutates_args=())
@@ -68,16 +77,21 @@ def _(k_SGD, start_N, end_N):
 
 
 @torch.library.custom_op("moba_train::select_blocks", mutates_args=())
-def _select(q_THD: Tensor, means_NGD: Tensor, first_T: Tensor, own_T: Tensor, top_k: int) -> Tensor:
+def _select(
+    q_THD: Tensor, means_NGD: Tensor, first_T: Tensor, own_T: Tensor, top_k: int, forced: int, shared: bool
+) -> Tensor:
     num_tokens, num_heads, head_dim = q_THD.shape
     picks_THK = torch.empty(num_tokens, num_heads, top_k, dtype=torch.int32, device=q_THD.device)
     if num_tokens == 0:
         return picks_THK
-    if top_k == 1:
-        return picks_THK.copy_(own_T[:, None, None].expand_as(picks_THK))
+    if top_k == forced:
+        blocks_TK = torch.stack([own_T, torch.where(own_T > first_T, own_T - 1, -1)][:forced], 1)
+        return picks_THK.copy_(blocks_TK[:, None].expand_as(picks_THK))
     parts = _split(means_NGD.float(), q_THD.dtype)
     tiles = gate_tiles(q_THD.dtype, head_dim, num_tokens)
-    _select_kernel[(triton.cdiv(num_tokens, tiles.rows), num_heads)](
+    ratio = num_heads // means_NGD.shape[1]
+    heads = ratio if shared else 1
+    _select_kernel[(triton.cdiv(num_tokens, tiles.rows), num_heads // heads)](
         q_THD,
         parts,
         first_T,
@@ -88,11 +102,13 @@ def _select(q_THD: Tensor, means_NGD: Tensor, first_T: Tensor, own_T: Tensor, to
         parts.stride(1),
         *q_THD.stride(),
         H=num_heads,
-        RATIO=num_heads // means_NGD.shape[1],
+        RATIO=ratio,
+        HEADS=heads,
         D=head_dim,
         DP=padded_dim(head_dim),
         K=top_k,
-        KP=max(2, triton.next_power_of_2(top_k - 1)),
+        FORCED=forced,
+        KP=max(2, triton.next_power_of_2(top_k - forced)),
         PARTS=parts.shape[0],
         BM=tiles.rows,
         BN=tiles.cols,
@@ -103,7 +119,7 @@ def _select(q_THD: Tensor, means_NGD: Tensor, first_T: Tensor, own_T: Tensor, to
 
 
 @_select.register_fake
-def _(q_THD, means_NGD, first_T, own_T, top_k):
+def _(q_THD, means_NGD, first_T, own_T, top_k, forced, shared):
     return q_THD.new_empty((*q_THD.shape[:2], top_k), dtype=torch.int32)
 
 
@@ -158,6 +174,21 @@ def _split_kernel(means_ptr, parts_ptr, size, PARTS: tl.constexpr, WIDTH: tl.con
 
 
 @triton.jit
+def _scores(q, base, at_T, inside, stride_part, PARTS: tl.constexpr):
+    # The smallest part first: little is lost under the larger ones.
+    if PARTS == 3:
+        scores = tl.dot(q, tl.load(base + 2 * stride_part + at_T, mask=inside, other=0.0))
+        scores = tl.dot(q, tl.load(base + stride_part + at_T, mask=inside, other=0.0), scores)
+        scores = tl.dot(q, tl.load(base + at_T, mask=inside, other=0.0), scores)
+    elif PARTS == 2:
+        scores = tl.dot(q, tl.load(base + stride_part + at_T, mask=inside, other=0.0)) * (1.0 / 2048.0)
+        scores = tl.dot(q, tl.load(base + at_T, mask=inside, other=0.0), scores)
+    else:
+        scores = tl.dot(q, tl.load(base + at_T, mask=inside, other=0.0), input_precision="ieee")
+    return scores
+
+
+@triton.jit
 def _select_kernel(
     q_ptr,
     means_ptr,
@@ -172,15 +203,18 @@ def _select_kernel(
     stride_qd,
     H: tl.constexpr,
     RATIO: tl.constexpr,
+    HEADS: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
     K: tl.constexpr,
+    FORCED: tl.constexpr,
     KP: tl.constexpr,
     PARTS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    h = tl.program_id(1).to(tl.int64)
+    # HEADS query heads pick together: one, or all of a group.
+    h = tl.program_id(1).to(tl.int64) * HEADS
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     live = rows < num_tokens
     dim = tl.arange(0, DP)
@@ -188,29 +222,28 @@ def _select_kernel(
     column = tl.arange(0, BN)
 
     at = rows.to(tl.int64)[:, None] * stride_qt + h * stride_qh + dim[None, :] * stride_qd
-    q = tl.load(q_ptr + at, mask=live[:, None] & (dim < D)[None, :], other=0.0)
+    there = live[:, None] & (dim < D)[None, :]
+    q = tl.load(q_ptr + at, mask=there, other=0.0)
     own = tl.load(own_ptr + rows, mask=live, other=0).to(tl.int32)
     first = tl.load(first_ptr + rows, mask=live, other=0x7FFFFFFF).to(tl.int32)
 
     # Unfilled places hold distinct negative ids; padding places hold +inf, which nothing evicts.
-    best = tl.zeros([BM, KP], dtype=tl.float32) + tl.where(slot < K - 1, float("-inf"), float("inf"))[None, :]
+    best = tl.zeros([BM, KP], dtype=tl.float32) + tl.where(slot < K - FORCED, float("-inf"), float("inf"))[None, :]
     ids = tl.zeros([BM, KP], dtype=tl.int32) - 1 - slot[None, :]
     base = means_ptr + (h // RATIO) * D
-    high = tl.max(own, axis=0)
+    # Candidates end before the forced blocks.
+    stop = own - (FORCED - 1)
+    high = tl.max(stop, axis=0)
     for block in range(tl.min(first, axis=0), high, BN):
         blocks = block + column
         at_T = blocks.to(tl.int64)[None, :] * stride_block + dim[:, None]
         inside = (blocks < high)[None, :] & (dim < D)[:, None]
-        if PARTS == 3:
-            scores = tl.dot(q, tl.load(base + 2 * stride_part + at_T, mask=inside, other=0.0))
-            scores = tl.dot(q, tl.load(base + stride_part + at_T, mask=inside, other=0.0), scores)
-            scores = tl.dot(q, tl.load(base + at_T, mask=inside, other=0.0), scores)
-        elif PARTS == 2:
-            scores = tl.dot(q, tl.load(base + stride_part + at_T, mask=inside, other=0.0)) * (1.0 / 2048.0)
-            scores = tl.dot(q, tl.load(base + at_T, mask=inside, other=0.0), scores)
-        else:
-            scores = tl.dot(q, tl.load(base + at_T, mask=inside, other=0.0), input_precision="ieee")
-        allowed = (blocks[None, :] >= first[:, None]) & (blocks[None, :] < own[:, None])
+        scores = _scores(q, base, at_T, inside, stride_part, PARTS)
+        if HEADS > 1:
+            for other in range(1, HEADS):
+                q_other = tl.load(q_ptr + at + other * stride_qh, mask=there, other=0.0)
+                scores += _scores(q_other, base, at_T, inside, stride_part, PARTS)
+        allowed = (blocks[None, :] >= first[:, None]) & (blocks[None, :] < stop[:, None])
         scores = tl.where(allowed, scores, float("-inf"))
 
         worst = tl.min(best, axis=1)
@@ -231,9 +264,12 @@ def _select_kernel(
     bits = (best + 0.0).to(tl.int32, bitcast=True)
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     keys = (ordered.to(tl.int64) << 32) + (0x7FFFFFFF - ids).to(tl.int64)
-    keys = tl.where((ids >= 0) & (slot < K - 1)[None, :], keys, -0x8000000000000000)
+    keys = tl.where((ids >= 0) & (slot < K - FORCED)[None, :], keys, -0x8000000000000000)
     keys = tl.sort(keys, dim=1, descending=True)
     ids = tl.where(keys == -0x8000000000000000, -1, 0x7FFFFFFF - (keys & 0x7FFFFFFF).to(tl.int32))
-    out = picks_ptr + (rows.to(tl.int64) * H + h) * K
-    tl.store(out, own, mask=live)
-    tl.store(out[:, None] + 1 + slot[None, :], ids, mask=live[:, None] & (slot < K - 1)[None, :])
+    for head in tl.static_range(HEADS):
+        out = picks_ptr + (rows.to(tl.int64) * H + h + head) * K
+        tl.store(out, own, mask=live)
+        if FORCED == 2:
+            tl.store(out + 1, tl.where(own > first, own - 1, -1), mask=live)
+        tl.store(out[:, None] + FORCED + slot[None, :], ids, mask=live[:, None] & (slot < K - FORCED)[None, :])
