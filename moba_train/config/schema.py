@@ -112,6 +112,7 @@ class AttentionConfig:
     block_size: int = 64
     top_k: int = 4  # blocks a query attends to, its own included
     dense_first_layers: int = 0
+<<<<<<< HEAD
     dense_last_layers: int = 0
     full_layers: tuple[int, ...] = ()  # layers, numbered from 0, that are full whatever the pattern says
     overrides: tuple[LayerOverride, ...] = ()
@@ -119,6 +120,10 @@ class AttentionConfig:
     force_previous_block: bool = False  # the block before a query's own is always picked, as one of top_k
     share_picks_in_group: bool = False  # the query heads of a key head pick together, by their mean query
     key_conv: int = 0  # width of a causal convolution on the keys of every layer (model/key_conv.py); 0: none
+=======
+    dense_last_layers: int | str = 0  # a number | auto: measured at the start (train/dense_layers.py)
+    dense_target: float | None = None  # of auto: share of full attention's direct gradient density; None: 0.5
+>>>>>>> observe
     backend: str = "auto"  # of MoBA layers: auto | reference | portable | triton
     full_backend: str = "auto"  # of full layers: auto | reference | sdpa | triton
 
@@ -198,6 +203,8 @@ class MetricsConfig:
 
     log_every: int = 1
     position_buckets: int = 16  # of loss_by_position.png
+    gate_every: int = 0  # steps; 0: never. Keys gate/... and gradient_density/..., picture gate.png
+    gate_per_head: bool = False  # the same for every head
 
 
 @dataclass(frozen=True)
@@ -235,6 +242,10 @@ class RunConfig:
     wandb: WandbConfig = field(default_factory=WandbConfig)
     run: RunDirConfig = field(default_factory=RunDirConfig)
 
+    def with_dense_last_layers(self, number: int) -> RunConfig:
+        """The same run with a number of dense last layers, where `auto` stood."""
+        return dataclasses.replace(self, attention=dataclasses.replace(self.attention, dense_last_layers=number))
+
 
 def to_dict(config: Any) -> dict[str, Any]:
     """The config as nested plain dicts: what checkpoints and wandb store, and what `from_dict` reads."""
@@ -265,10 +276,11 @@ def unknown_key(key: str, value: Any, known: typing.Iterable[str]) -> ConfigErro
 
 
 def _convert(value: Any, hint: Any, key: str) -> Any:
-    if isinstance(hint, types.UnionType):  # X | None
-        if value is None:
+    if isinstance(hint, types.UnionType):  # X | None, or int | str
+        if value is None and type(None) in typing.get_args(hint):
             return None
-        hint = next(h for h in typing.get_args(hint) if h is not type(None))
+        kinds = [h for h in typing.get_args(hint) if h is not type(None)]
+        hint = next((h for h in kinds if h is type(value)), kinds[0])
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
             raise ConfigError(key, value, "expects a group of keys, not a single value")

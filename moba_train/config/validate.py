@@ -36,8 +36,13 @@ _AT_LEAST = {
         "metrics.position_buckets"
     ),
     0: (
+<<<<<<< HEAD
         "attention.dense_first_layers attention.dense_last_layers attention.key_conv train.validate_every "
         "checkpoint.save_every optim.warmup_steps optim.weight_decay optim.clip_grad optim.min_learning_rate"
+=======
+        "attention.dense_first_layers metrics.gate_every train.validate_every checkpoint.save_every "
+        "optim.warmup_steps optim.weight_decay optim.clip_grad optim.min_learning_rate"
+>>>>>>> observe
     ),
 }
 
@@ -182,13 +187,7 @@ def _check_parallel(config: RunConfig) -> None:
 
 def _check_training(config: RunConfig) -> None:
     optim, train = config.optim, config.train
-    for count in ("dense_first_layers", "dense_last_layers"):
-        _require(
-            config,
-            f"attention.{count}",
-            getattr(config.attention, count) <= config.model.num_layers,
-            f"the model has {config.model.num_layers} layers",
-        )
+    _check_dense_layers(config)
     for key in ("optim.learning_rate", "optim.epsilon", "model.rope_base", "model.norm_epsilon", "model.init_std"):
         _require(config, key, _get(config, key) > 0, "must be positive")
     for key in ("optim.beta1", "optim.beta2"):
@@ -215,6 +214,27 @@ def _check_training(config: RunConfig) -> None:
         "checkpoint.load_weights_only",
         not config.checkpoint.load_weights_only or config.checkpoint.load is not None,
         "needs checkpoint.load=PATH",
+    )
+
+
+def _check_dense_layers(config: RunConfig) -> None:
+    attention, layers = config.attention, config.model.num_layers
+    _require(
+        config, "attention.dense_first_layers", attention.dense_first_layers <= layers, f"the model has {layers} layers"
+    )
+    last, target = attention.dense_last_layers, attention.dense_target
+    number = isinstance(last, int) and 0 <= last <= layers
+    _require(config, "attention.dense_last_layers", number or last == "auto", f"choose 0 to {layers} layers, or auto")
+    _require(config, "attention.dense_target", target is None or 0 < target <= 1, "must lie in (0, 1]")
+    _require(
+        config, "attention.dense_target", target is None or last == "auto", "needs attention.dense_last_layers=auto"
+    )
+    metrics = config.metrics
+    _require(
+        config,
+        "metrics.gate_per_head",
+        not metrics.gate_per_head or metrics.gate_every > 0,
+        "nothing is measured: set metrics.gate_every to a number of steps",
     )
 
 

@@ -8,7 +8,8 @@ parameters, the key convolution, is in layers of both kinds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +24,7 @@ from moba_train.model.key_conv import KeyConv
 from moba_train.model.layer_plan import LayerAttention, LayerKind
 from moba_train.model.rope import rotate
 
-__all__ = ["CoreAttention", "RowParams", "set_layer_plan"]
+__all__ = ["CoreAttention", "Observer", "RowParams", "observed_by", "set_layer_plan"]
 
 
 @dataclass
@@ -42,7 +43,14 @@ _OPS: dict[LayerKind, _Op] = {LayerKind.FULL: full_attention, LayerKind.MOBA: mo
 
 
 class CoreAttention(MegatronModule):
+<<<<<<< HEAD
     """Perhaps the key convolution, rotary embedding, then the layer's op behind its context-parallel wrapper."""
+=======
+    """Rotary embedding, then the layer's op behind its context-parallel wrapper.
+
+    observer: None, or what is shown q [T, H, D] and k [S, G, D] as the op will get them (see `observed_by`).
+    """
+>>>>>>> observe
 
     def __init__(
         self,
@@ -70,6 +78,7 @@ class CoreAttention(MegatronModule):
         self.layer = layer
         self.backends = backends
         self.softmax_scale = softmax_scale
+        self.observer: Observer | None = None
         self.ops: dict[LayerKind, _Op] = {
             kind: wrap(op, pg_collection.cp, strategies[kind], layout=layout, gather_heads=gather_heads)
             for kind, op in _OPS.items()
@@ -99,11 +108,29 @@ class CoreAttention(MegatronModule):
             key = self.key_conv(key, packed_seq_params.sequence)
         q_THD = rotate(query, *packed_seq_params.rotary)
         k_SGD = rotate(key, *packed_seq_params.rotary)
+        if self.observer is not None:
+            self.observer(self, q_THD, k_SGD, packed_seq_params.sequence)
         options: dict[str, Any] = {"softmax_scale": self.softmax_scale, "backend": self.backends[self.layer.kind]}
         if self.layer.kind is LayerKind.MOBA:
             options |= self.layer.routing
         out_THD, _ = self.ops[self.layer.kind](q_THD, k_SGD, value, packed_seq_params.sequence, **options)
         return out_THD.reshape(out_THD.shape[0], -1)
+
+
+Observer = Callable[[CoreAttention, torch.Tensor, torch.Tensor, SequenceInfo], None]
+
+
+@contextlib.contextmanager
+def observed_by(observer: Observer, chunks: Iterable[torch.nn.Module]) -> Iterator[None]:
+    """Show every layer's queries and keys to `observer` in the forwards within; nothing is kept or changed here."""
+    layers = [module for chunk in chunks for module in chunk.modules() if isinstance(module, CoreAttention)]
+    for layer in layers:
+        layer.observer = observer
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.observer = None
 
 
 def set_layer_plan(chunks: Iterable[torch.nn.Module], plan: tuple[LayerAttention, ...]) -> None:

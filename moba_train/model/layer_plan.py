@@ -107,7 +107,13 @@ def _plan(attention: AttentionConfig, num_layers: int, key: str) -> Plan:
     """The plan of one phase; `key` is where its settings are, for messages."""
     kinds = list(itertools.islice(itertools.cycle(_parse(attention.pattern, f"{key}.pattern")), num_layers))
     first, last = attention.dense_first_layers, attention.dense_last_layers
+<<<<<<< HEAD
     for name, count in (("dense_first_layers", first), ("dense_last_layers", last)):
+=======
+    if isinstance(last, str):
+        raise ConfigError("attention.dense_last_layers", last, "a number: what it stands for is measured at the start")
+    for key, count in (("dense_first_layers", first), ("dense_last_layers", last)):
+>>>>>>> observe
         if not 0 <= count <= num_layers:
             raise ConfigError(f"{key}.{name}", count, f"choose 0 to model.num_layers={num_layers}")
     _check_layers(f"{key}.full_layers", attention.full_layers, num_layers)

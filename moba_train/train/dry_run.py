@@ -12,6 +12,7 @@ from moba_train.model.layer_plan import LayerKind, Plan, describe, plan_phases
 from moba_train.train.estimate import memory_gib, parameter_count
 from moba_train.train.flops import matmul_flops_per_token, training_flops
 from moba_train.train.report import print_table
+from moba_train.train.setup import planned
 
 __all__ = ["print_plan"]
 
@@ -19,6 +20,7 @@ __all__ = ["print_plan"]
 def print_plan(config: RunConfig, world_size: int) -> None:
     """Resolved recipe, layer plan, layout, parameters, FLOPs per token and estimated memory of a validated run."""
     model, parallel, train = config.model, config.parallel, config.train
+<<<<<<< HEAD
     dp = data_parallel_size(config, world_size)
     length = train.sequence_length
     phases = plan_phases(config.attention, model.num_layers)
@@ -27,6 +29,14 @@ def print_plan(config: RunConfig, world_size: int) -> None:
     shares = [(end - start) / train.steps for (start, _), end in zip(phases, ends, strict=True)]
     flops = sum(cost * share for cost, share in zip(costs, shares, strict=True))
     full = tuple(dataclasses.replace(layer, kind=LayerKind.FULL) for layer in phases[0][1])
+=======
+    attention = planned(config).attention
+    plan = layer_plan(attention, model.num_layers)
+    dp = data_parallel_size(config, world_size)
+    length = train.sequence_length
+    flops = training_flops(model, plan, [length]) / length
+    full = layer_plan(dataclasses.replace(attention, pattern="full"), model.num_layers)
+>>>>>>> observe
     dense = training_flops(model, full, [length]) / length
     tokens = train.global_batch_size * length
 
@@ -34,7 +44,12 @@ def print_plan(config: RunConfig, world_size: int) -> None:
     print_table(
         f"{config.recipe}: {model.name} on {world_size} GPUs",
         [
+<<<<<<< HEAD
             *_plan_rows(phases, ends, costs),
+=======
+            ("layer plan", describe(plan) + (", before auto chooses" if attention != config.attention else "")),
+            ("full layers", ", ".join(str(i) for i, x in enumerate(plan) if x.kind is LayerKind.FULL) or "none"),
+>>>>>>> observe
             (
                 "tensor x pipeline x context x data",
                 f"{parallel.tensor} x {parallel.pipeline} x {parallel.context} x {dp}",

@@ -16,7 +16,9 @@ from moba_train.config.schema import RunConfig
 from moba_train.data.info import dataset_info
 from moba_train.model.layer_plan import describe, layer_plan, plan_phases
 from moba_train.train import checkpoint
+from moba_train.train.dense_layers import resolve_dense_layers
 from moba_train.train.dry_run import print_plan
+from moba_train.train.gate_metrics import gate_record
 from moba_train.train.metrics import Metrics, read_metrics
 from moba_train.train.report import draw, print_table
 from moba_train.train.setup import Run, close, preflight, setup
@@ -35,7 +37,9 @@ def pretrain(config: RunConfig) -> int:
         if first:
             print_plan(config, world_size)
         return 0
-    _train(setup(config), _StopSignal())
+    run = setup(config)
+    resolve_dense_layers(run)
+    _train(run, _StopSignal())
     close()  # not after an error: leaving the group waits for ranks that may be stuck; the launcher ends them
     return 0
 
@@ -84,6 +88,9 @@ def _train(run: Run, stop: _StopSignal) -> None:
             if every and run.step % every == 0:
                 _validate(run, metrics)
                 validated = run.step
+            every = config.metrics.gate_every
+            if every and run.step % every == 0:
+                metrics.write(gate_record(run))
             every = config.checkpoint.save_every
             if every and run.step % every == 0:
                 checkpoint.save(run)

@@ -1,8 +1,13 @@
 """What a run tells: metrics.jsonl always, one progress line on rank 0, wandb when asked.
 
 Keys of metrics.jsonl: step, loss, validation_loss, validation_loss_by_position, grad_norm, learning_rate, tokens,
+<<<<<<< HEAD
 tokens_per_second, tflops_per_gpu, mfu, memory_gib, and layer_plan on the first step (also after a resume) and on the
 first step of every other plan.
+=======
+tokens_per_second, tflops_per_gpu, mfu, memory_gib, and layer_plan on the first step and whenever it changes.
+Every metrics.gate_every steps gate/... and gradient_density/... (gate_metrics.py), a list of layers each.
+>>>>>>> observe
 """
 
 from __future__ import annotations
@@ -73,8 +78,7 @@ class Metrics:
         self._stream.write(json.dumps(record) + "\n")
         self._stream.flush()
         if self._wandb is not None:
-            values = {key: value for key, value in record.items() if key != "step"}
-            self._wandb.log(values, step=record["step"])
+            self._wandb.log(_for_wandb(record), step=record["step"])
 
     def show(self, step: int, steps: int, record: dict[str, Any], eta_s: float) -> None:
         """Redraw the progress line from a step's record; without a terminal, a plain line now and then."""
@@ -99,6 +103,20 @@ class Metrics:
         self._stream.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def _for_wandb(record: dict[str, Any]) -> dict[str, Any]:
+    """Lists of one number a layer become a curve each, which wandb can draw: gate/sink_share/layer_3."""
+    values: dict[str, Any] = {}
+    for key, value in record.items():
+        if key.startswith(("gate/", "gradient_density/")) and isinstance(value, list):
+            numbers: dict[str, Any] = {
+                f"{key}/layer_{i}": x for i, x in enumerate(value) if isinstance(x, (int, float))
+            }
+            values.update(numbers or {key: value})
+        elif key != "step":
+            values[key] = value
+    return values
 
 
 def _start_wandb(config: RunConfig, folder: Path) -> Any:

@@ -1,4 +1,4 @@
-"""The end of a run for a person: loss.png, loss_by_position.png and the summary table."""
+"""The end of a run for a person: loss.png, loss_by_position.png, gate.png and the summary table."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from moba_train.train.gate_picture import draw_gate
 from moba_train.train.metrics import read_metrics
 
 __all__ = ["draw", "print_table"]
@@ -47,6 +48,9 @@ def draw(folder: Path, sequence_length: int) -> list[Path]:
         )
         axes.legend()
         pictures.append(_save(figure, folder / "loss_by_position.png"))
+    gate = next((r for r in reversed(records) if "gate/pick_rate" in r), None)
+    if gate is not None:
+        pictures.append(draw_gate(gate, folder / "gate.png"))
     return pictures
 
 

@@ -31,7 +31,7 @@ from moba_train.parallel.seed import seed_everything
 from moba_train.train import checkpoint
 from moba_train.train.optimizer import build_optimizer, build_scheduler
 
-__all__ = ["Run", "close", "preflight", "setup"]
+__all__ = ["Run", "close", "planned", "preflight", "setup"]
 
 
 @dataclass
@@ -69,7 +69,11 @@ def preflight(config: RunConfig) -> int:
                 f"torchrun started {started} process(es); leave it out, or add dry_run=true to pretend",
             )
     validate(config, world_size)
+<<<<<<< HEAD
     plan_phases(config.attention, config.model.num_layers)
+=======
+    layer_plan(planned(config).attention, config.model.num_layers)
+>>>>>>> observe
     if not config.dry_run:
         check_data(config.data, vocab_size=config.model.vocab_size, sequence_length=config.train.sequence_length)
         _check_machine(config)
@@ -103,7 +107,7 @@ def setup(config: RunConfig) -> Run:
     folder = _shared_folder(config)
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(folder)))
 
-    chunks = build_model(config, groups, device)
+    chunks = build_model(planned(config), groups, device)
     optimizer = build_optimizer(config, chunks)
     batch = config.train.global_batch_size
     data = build_datasets(
@@ -127,6 +131,11 @@ def setup(config: RunConfig) -> Run:
     )
     checkpoint.restore(run)
     return run
+
+
+def planned(config: RunConfig) -> RunConfig:
+    """The configuration before anything was measured: no dense last layers where `auto` will choose them."""
+    return config.with_dense_last_layers(0) if config.attention.dense_last_layers == "auto" else config
 
 
 def close() -> None:

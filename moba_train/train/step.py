@@ -28,7 +28,7 @@ from moba_train.train.flops import training_flops
 from moba_train.train.loss import masked_sum, position_sums
 from moba_train.train.setup import Run
 
-__all__ = ["StepResult", "Validation", "train_step", "validate_model"]
+__all__ = ["StepResult", "Validation", "forward_rows", "train_step", "validate_model"]
 
 
 @dataclass(frozen=True)
@@ -137,22 +137,37 @@ def validate_model(run: Run) -> Validation:
     return Validation(loss=sum(sums) / max(sum(counts), 1), by_position=by_position)
 
 
+def forward_rows(run: Run, rows: list[Batch]) -> None:
+    """Whole rows as micro-batches through the model, forward alone, for what listens on the way; by the plan set."""
+    for chunk in run.chunks:
+        chunk.eval()
+    with torch.no_grad():
+        _run_schedule(run, iter(rows), _nothing, forward_only=True, count=len(rows))
+    for chunk in run.chunks:
+        chunk.train()
+
+
 def _global_batch(loader: Loader) -> Iterator[Batch]:
     """This rank's micro-batches of one global batch, read as the schedule asks for them."""
     return itertools.islice(loader, loader.micro_batches_per_step)
 
 
 def _run_schedule(
-    run: Run, batches: Iterator[Batch], report: Callable[..., torch.Tensor], forward_only: bool
+    run: Run,
+    batches: Iterator[Batch],
+    report: Callable[..., torch.Tensor],
+    forward_only: bool,
+    count: int | None = None,
 ) -> torch.Tensor:
-    """One global batch through the pipeline; this rank's summed report (zeros off the last stage)."""
+    """`count` micro-batches (None: a global batch) through the pipeline; this rank's summed report (zeros off the
+    last stage)."""
     rows = (_to_row(run, batch) for batch in batches)
     iterators = list(itertools.tee(rows, len(run.chunks))) if len(run.chunks) > 1 else [rows]
     reports = get_forward_backward_func()(
         forward_step_func=functools.partial(_forward_step, report=report),
         data_iterator=iterators if len(iterators) > 1 else iterators[0],
         model=run.chunks if len(run.chunks) > 1 else run.chunks[0],
-        num_microbatches=run.config.train.global_batch_size // run.groups.data.size,
+        num_microbatches=count or run.config.train.global_batch_size // run.groups.data.size,
         seq_length=run.config.train.sequence_length,
         micro_batch_size=1,
         forward_only=forward_only,
@@ -183,6 +198,10 @@ def _forward_step(
 def _loss_sums(losses_T: torch.Tensor, batch: Batch) -> torch.Tensor:
     total, count = masked_sum(losses_T, batch.loss_mask)
     return torch.stack([total.double(), count.double()])
+
+
+def _nothing(losses_T: torch.Tensor, batch: Batch) -> torch.Tensor:
+    return losses_T.new_zeros(1, dtype=torch.float64)
 
 
 def _position_report(losses_T: torch.Tensor, batch: Batch, buckets: int, length: int) -> torch.Tensor:

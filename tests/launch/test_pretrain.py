@@ -68,7 +68,14 @@ def data(tmp_path_factory):
 
 def test_two_ranks_stop_on_sigterm_and_resume_to_the_end(data, tmp_path):
     run = tmp_path / "run"
-    command = [*TORCHRUN, *PRETRAIN, f"data.path={data}", f"run.dir={run}", "train.validate_every=2"]
+    command = [
+        *TORCHRUN,
+        *PRETRAIN,
+        f"data.path={data}",
+        f"run.dir={run}",
+        "train.validate_every=2",
+        "metrics.gate_every=2",
+    ]
     process = start(*command, "train.steps=5000")
     wait_for_steps(run, 3, process)
     os.killpg(process.pid, signal.SIGTERM)  # as a terminal or a batch system does it: to every process of the job
@@ -87,15 +94,19 @@ def test_two_ranks_stop_on_sigterm_and_resume_to_the_end(data, tmp_path):
         "peak memory",
         "loss.png",
         "loss_by_position.png",
+        "gate.png",
     ):
         assert line in text
     assert "Traceback" not in text
     assert "Warning" not in text
-    assert {"loss.png", "loss_by_position.png", "metrics.jsonl", "wandb"} <= {path.name for path in run.iterdir()}
+    pictures = {"loss.png", "loss_by_position.png", "gate.png"}
+    assert {*pictures, "metrics.jsonl", "wandb"} <= {path.name for path in run.iterdir()}
     steps = [record for record in read_metrics(run) if "loss" in record]
     assert [record["step"] for record in steps] == list(range(1, stopped + 4))
     assert all(set(record) >= KEYS for record in steps)
     assert "layer_plan" in steps[0]
+    looks = [record["step"] for record in read_metrics(run) if "gate/sink_share" in record]
+    assert looks == list(range(2, stopped + 4, 2))
     validations = [record for record in read_metrics(run) if "validation_loss" in record]
     assert validations[-1]["step"] == stopped + 3
     assert len(validations[-1]["validation_loss_by_position"]) == 16

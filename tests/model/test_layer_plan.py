@@ -68,6 +68,11 @@ def test_dense_counts_beyond_the_model_are_refused(key, count):
     assert caught.value.key == f"attention.{key}"
 
 
+def test_auto_is_no_number_of_layers():
+    with pytest.raises(ConfigError, match="measured at the start"):
+        layer_plan(AttentionConfig(dense_last_layers="auto"), 4)
+
+
 def test_describe_counts_neighbours():
     assert describe(layer_plan(AttentionConfig(pattern="moba*3,full", block_size=64, top_k=4), 5)) == (
         "moba*3(64,4), full*1, moba*1(64,4)"

@@ -80,11 +80,12 @@ def test_wandb_online_without_a_key_falls_to_offline_and_says_so(tmp_path, monke
         monkeypatch.delenv("WANDB_API_KEY", raising=False)
     with caplog.at_level(logging.WARNING):
         metrics = Metrics(compose(["recipe=tiny", "wandb.mode=online"]), tmp_path, 0, enabled=True)
-        metrics.write(record(1))
+        metrics.write(record(1) | {"gate/sink_share": [0.25, None, 0.5]})
         metrics.close()
     assert asked["mode"] == mode
     assert ("no API key" in caplog.text) == (mode == "offline")
-    assert asked["logged"] == ({"loss": 4.9, "tokens_per_second": 1234.5, "mfu": 0.25}, 1)
+    curves = {"gate/sink_share/layer_0": 0.25, "gate/sink_share/layer_2": 0.5}  # the layer between is full
+    assert asked["logged"] == ({"loss": 4.9, "tokens_per_second": 1234.5, "mfu": 0.25} | curves, 1)
     assert asked["config"]["model"]["num_layers"] == 4
     assert asked["finished"]
 
