@@ -115,7 +115,7 @@ def main() -> int:
     switch = around_switch(curves["hybrid"], curves["moba"])
     page = out / "results.md" if quick else Path(__file__).with_name("results.md")
     draw(curves, switch, page.with_suffix(".png"))
-    page.write_text(write_page(curves, switch, _provenance(steps, common, quick)))
+    page.write_text(write_page(curves, switch, _provenance(args, steps, common)))
     print(page.read_text(), f"written: {page}", sep="\n")
     return 0
 
@@ -218,11 +218,12 @@ def draw(curves: dict[str, Curve], switch: Switch, path: Path) -> None:
     figure = Figure(figsize=(15, 4.2), layout="tight")
     whole, near, position = figure.subplots(1, 3)
     window = range(max(1, switch.step - 30), switch.step + 31)
-    for arm, curve in curves.items():
+    for arm, style in (("full", "-"), ("hybrid", "-"), ("moba", "--")):  # MoBA lies on the hybrid until the switch
+        curve = curves[arm]
         for axes, steps in ((whole, curve.losses), (near, [t for t in window if t in curve.losses])):
-            axes.plot(list(steps), [curve.losses[t] for t in steps], linewidth=1, label=arm)
+            axes.plot(list(steps), [curve.losses[t] for t in steps], style, linewidth=1, label=arm)
         centres = [(i + 0.5) / EIGHTHS for i in range(EIGHTHS)]
-        position.plot(centres, curve.eighths, "o-", markersize=4, label=arm)
+        position.plot(centres, curve.eighths, f"o{style}", markersize=4, label=arm)
     for axes, title in ((whole, "training"), (near, "around the switch")):
         axes.axvline(switch.step + 0.5, color="0.4", linestyle="--", linewidth=0.8)
         axes.set(xlabel="step", ylabel="training loss (nats per token)", title=title)
@@ -277,16 +278,21 @@ def _run_arm(folder: Path, overrides: list[str], steps: int, processes: int) -> 
     if record.exists() and (found := json.loads(record.read_text())) != overrides:
         other = ", ".join(sorted(set(found) ^ set(overrides)))
         raise SystemExit(f"{folder} was started with other settings ({other}): choose another --out, or delete it")
-    if (folder / "metrics.jsonl").exists():
-        done = [r["step"] for r in read_metrics(folder) if "validation_loss" in r]
-        if steps in done:
-            print(f"{folder.name}: finished before", flush=True)
-            return
+    if _finished(folder, steps):
+        print(f"{folder.name}: finished before", flush=True)
+        return
     folder.mkdir(parents=True, exist_ok=True)
     record.write_text(json.dumps(overrides, indent=1))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     print(f"{folder.name}:", flush=True)
     subprocess.run([*launcher, "launch/pretrain.py", *overrides, f"run.dir={folder}"], cwd=ROOT, check=True)
+    if not _finished(folder, steps):
+        raise SystemExit(f"{folder.name} was stopped; the same command goes on")
+
+
+def _finished(folder: Path, steps: int) -> bool:
+    path = folder / "metrics.jsonl"
+    return path.exists() and any(r["step"] == steps and "validation_loss" in r for r in read_metrics(folder))
 
 
 def _table(head: list[str], *rows: list[Any]) -> str:
@@ -298,21 +304,28 @@ def _verdict(value: float, bound: float) -> str:
     return "met" if value <= bound else "not met"
 
 
-def _provenance(steps: int, overrides: list[str], quick: bool) -> str:
+def _provenance(args: argparse.Namespace, steps: int, overrides: list[str]) -> str:
+    """Device, versions, command and settings, without the names of anybody's folders."""
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "megatron-core"))
+    given = ["--quick"] * args.quick + ([f"--steps {args.steps}"] if args.steps else []) + args.overrides
+    command = " ".join(["python experiments/schedule_switch/run.py", *filter(_names_no_folder, given)])
     return "\n".join(
         [
-            *(["**A quick run: it shows that the experiment works, and its numbers mean nothing.**", ""] * quick),
-            f"`{' '.join(['python experiments/schedule_switch/run.py', *sys.argv[1:]])}`",
+            *(["**A quick run: it shows that the experiment works, and its numbers mean nothing.**", ""] * args.quick),
+            f"`{command}`, {args.nproc} process(es) an arm",
             "",
             f"{devices.device_name()}; {versions}, Python {platform.python_version()}; {datetime.date.today()}. "
             f"{steps} steps. Data: the Python standard library's sources. All arms:",
             "",
             "```",
-            *(override for override in overrides if not override.startswith("data.path=")),
+            *filter(_names_no_folder, overrides),
             "```",
         ]
     )
+
+
+def _names_no_folder(override: str) -> bool:
+    return not override.startswith(("data.path=", "data.cache_dir="))
 
 
 if __name__ == "__main__":

@@ -129,14 +129,10 @@ def _plan(attention: AttentionConfig, num_layers: int, key: str) -> Plan:
         _check_sizes(where, **changes)
         for layer in override.layers:
             plan[layer] = replace(plan[layer], **changes)
-    for layer_attention in plan:
-        if (
-            layer_attention.kind is LayerKind.MOBA
-            and layer_attention.force_previous_block
-            and layer_attention.top_k < 2
-        ):
-            remedy = "with attention.force_previous_block it must be at least 2: the own block and the one before"
-            raise ConfigError(f"{key}.top_k", layer_attention.top_k, remedy)
+    least = min((each.top_k for each in plan if each.kind is LayerKind.MOBA), default=2)
+    if attention.force_previous_block and least < 2:
+        remedy = "with attention.force_previous_block it must be at least 2: the own block and the one before"
+        raise ConfigError(f"{key}.top_k", least, remedy)
     return tuple(plan)
 
 

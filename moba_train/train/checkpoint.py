@@ -252,10 +252,10 @@ def restore(run: Run) -> None:
 
 def _tell_other_plan(config: RunConfig, metadata: Metadata) -> None:
     """Layer plan and schedule may change on resume; what changed is said."""
-    defaults, ours = to_dict(AttentionConfig()), json.loads(json.dumps(to_dict(config.attention)))
+    ours, defaults = (json.loads(json.dumps(to_dict(each))) for each in (config.attention, AttentionConfig()))
     for key in (*PLAN_KEYS, "schedule"):
         theirs = metadata.config["attention"].get(key, defaults[key])
-        if list(theirs) != ours[key] if isinstance(ours[key], list) else theirs != ours[key]:
+        if theirs != ours[key]:
             _LOG.info("attention.%s was %s until step %d and is now %s", key, theirs, metadata.step, ours[key])
 
 

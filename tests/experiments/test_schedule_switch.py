@@ -70,13 +70,18 @@ def test_a_curve_is_read_from_the_metrics(tmp_path):
 
 def test_an_arm_runs_until_it_is_finished_and_never_with_other_settings(tmp_path, monkeypatch):
     commands = []
-    monkeypatch.setattr(experiment.subprocess, "run", lambda command, **_: commands.append(command))
     arm = tmp_path / "moba"
-    experiment._run_arm(arm, ["train.steps=9"], 9, 1)
-    (arm / "metrics.jsonl").write_text('{"step": 5, "validation_loss": 1.0}\n')  # stopped on the way
-    experiment._run_arm(arm, ["train.steps=9"], 9, 1)
-    (arm / "metrics.jsonl").write_text('{"step": 9, "validation_loss": 1.0}\n')
-    experiment._run_arm(arm, ["train.steps=9"], 9, 1)
+    reached = iter([5, 9])
+
+    def train(command, **_):
+        commands.append(command)
+        (arm / "metrics.jsonl").write_text(f'{{"step": {next(reached)}, "validation_loss": 1.0}}\n')
+
+    monkeypatch.setattr(experiment.subprocess, "run", train)
+    with pytest.raises(SystemExit, match="goes on"):
+        experiment._run_arm(arm, ["train.steps=9"], 9, 1)
+    for _ in range(2):
+        experiment._run_arm(arm, ["train.steps=9"], 9, 1)
     assert [command[-2:] for command in commands] == [["train.steps=9", f"run.dir={arm}"]] * 2
     with pytest.raises(SystemExit, match=r"train\.steps=8"):
         experiment._run_arm(arm, ["train.steps=8"], 8, 1)
