@@ -36,8 +36,7 @@ def print_plan(config: RunConfig, world_size: int) -> None:
     print_table(
         f"{config.recipe}: {model.name} on {world_size} GPUs",
         [
-            *_plan_rows(phases, ends, costs),
-            *([("  and dense last layers", "as auto will choose")] if attention != config.attention else []),
+            *_plan_rows(phases, ends, costs, "" if attention == config.attention else ", before auto chooses"),
             (
                 "tensor x pipeline x context x data",
                 f"{parallel.tensor} x {parallel.pipeline} x {parallel.context} x {dp}",
@@ -57,13 +56,15 @@ def print_plan(config: RunConfig, world_size: int) -> None:
     print_table("Estimated memory per GPU, GiB", rows)
 
 
-def _plan_rows(phases: list[tuple[int, Plan]], ends: list[int], costs: list[float]) -> list[tuple[str, Any]]:
+def _plan_rows(
+    phases: list[tuple[int, Plan]], ends: list[int], costs: list[float], remark: str
+) -> list[tuple[str, Any]]:
     """The layers, and of a schedule every phase with its steps (counted from 1, both ends included) and FLOPs."""
     rows: list[tuple[str, Any]] = []
     for (start, plan), end, cost in zip(phases, ends, costs, strict=True):
         steps = f", steps {start + 1} to {end}" if ends[1:] else ""
         full = ", ".join(str(i) for i, layer in enumerate(plan) if layer.kind is LayerKind.FULL)
-        rows += [(f"layer plan{steps}", describe(plan)), ("  full layers", full or "none")]
+        rows += [(f"layer plan{steps}", describe(plan) + remark), ("  full layers", full or "none")]
         if steps:
             rows.append(("  FLOPs per token", f"{cost:.4g}"))
     return rows

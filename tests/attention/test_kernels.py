@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moba_train.attention import SequenceInfo, full_attention, moba_attention, reference, select_blocks
+from moba_train.attention import SequenceInfo, convolve_keys, full_attention, moba_attention, reference, select_blocks
 from tests.helpers.cases import CASES_BY_NAME, Case, Inputs, run_op, zigzag_positions
 from tests.helpers.tolerance import assert_low_precision
 
@@ -99,6 +99,22 @@ def test_gate_equals_definition_outside_rounding(case: Case, dtype: torch.dtype)
     assert (picks != expected).any(-1).float().mean() < 1e-3
     assert torch.equal(picks[..., 0], expected[..., 0])
     assert torch.equal(picks == -1, expected == -1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["gqa-64", "head-dim-80", "zigzag"])
+def test_key_convolution_errs_no_more_than_torch(name: str, dtype: torch.dtype) -> None:
+    case = next(case for case in SHAPES if case.name == name)
+    results = []
+    for backend, kind in (("triton", dtype), ("portable", dtype), ("portable", torch.float64)):
+        inputs = case.inputs(dtype, "cuda")
+        weight = torch.randn(case.key_heads, case.head_dim, 4, generator=torch.Generator().manual_seed(0))
+        leaves = [x.detach().to("cuda", dtype).to(kind).requires_grad_() for x in (inputs.k_SGD, weight)]
+        out = convolve_keys(*leaves, case.sequence(), backend=backend)
+        grad = inputs.dout_THD[:, : case.key_heads].to(kind)
+        results.append([out.detach(), *torch.autograd.grad(out, leaves, grad)])
+    for kind, parts in zip(("output", "gradient", "gradient"), zip(*results, strict=True), strict=True):
+        assert_low_precision(*parts, kind)
 
 
 @pytest.mark.parametrize("name", ["gqa-64", "block-2048"])

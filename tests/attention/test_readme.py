@@ -11,6 +11,7 @@ import moba_train.attention
 from moba_train.attention import (
     SequenceInfo,
     block_means,
+    convolve_keys,
     full_attention,
     merge,
     moba_attention,
@@ -53,3 +54,21 @@ def test_worked_example() -> None:
     assert f"43/9 = {43 / 9:.3f}" in text
     assert f"50/13 = {50 / 13:.3f}" in text
     assert f"would be {3.5 + 5.8:.1f}," in text
+
+
+def test_options_of_the_gate() -> None:
+    text = Path(moba_train.attention.__file__).with_name("README.md").read_text()
+    seq = SequenceInfo(BOUNDS, LAST)
+    assert select_blocks(-Q, K, seq, **SIZES).flatten().tolist() == [2, 0]
+    assert select_blocks(-Q, K, seq, **SIZES, force_previous_block=True).flatten().tolist() == [2, 1]
+    assert "picks `[2, 0]`; forced, `[2, 1]`" in text
+    heads = torch.tensor([1.0, -3.0], dtype=torch.float64)[None, :, None]
+    assert select_blocks(heads, K, seq, **SIZES)[0].tolist() == [[2, 1], [2, 0]]
+    assert select_blocks(heads, K, seq, **SIZES, share_picks_in_group=True)[0].tolist() == [[2, 0], [2, 0]]
+    assert "pick `[2, 1]` and `[2, 0]`; sharing (mean query -1), both `[2, 0]`" in text
+
+    weight = torch.tensor([[[0.5, 1.0]]], dtype=torch.float64)
+    key = float(convolve_keys(K, weight, SequenceInfo(BOUNDS))[3])
+    mixed = 1.5 * math.log(2)
+    assert f"= {mixed:.3f}`" in text
+    assert f"`{math.log(2):.3f} + {mixed / (1 + math.exp(-mixed)):.3f} = {key:.3f}`" in text

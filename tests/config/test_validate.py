@@ -69,6 +69,7 @@ def test_every_recipe_is_valid_at_its_smallest_size_and_at_four_times_that(recip
         (["metrics.gate_every=-1"], 1, "metrics.gate_every", "at least 0"),
         (["metrics.gate_every=0", "metrics.gate_per_head=true"], 1, "metrics.gate_per_head", "gate_every"),
         (["attention.dense_first_layers=-1"], 1, "attention.dense_first_layers", "at least 0"),
+        (["attention.key_conv=-1"], 1, "attention.key_conv", "at least 0"),
         (["attention.backend=cuda"], 1, "attention.backend", "triton"),
         (["parallel.gather_heads=3"], 1, "parallel.gather_heads", "1 to 2"),
         (["parallel.gather_heads=1", "parallel.context_strategy=ring"], 1, "parallel.gather_heads", "all_gather"),
