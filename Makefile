@@ -7,14 +7,16 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DATA := data/stdlib
-# Processes of recipe tiny, which has 4 rows a step: 4, 2 or 1, as there are GPUs (or CPU cores, of which 2 are enough).
+QUESTIONS := data/code_questions
+# Processes of recipes tiny and sft_tiny, which have 4 rows a step: 4, 2 or 1, as there are GPUs (or CPU cores, of which
+# 2 are enough).
 # Deferred: asked only after the installation.
 NPROC ?= $(shell $(BIN)/python -c 'import os, torch; n = torch.cuda.device_count() or min(os.cpu_count(), 2); \
 	print(max(p for p in (1, 2, 4) if p <= n))')
 SYSTEM_TORCH ?=
 ARGS ?=
 
-.PHONY: help install pretrain test lint format clean
+.PHONY: help install pretrain sft test lint format clean
 
 help:  ## Show this list
 	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,10 +38,20 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 $(DATA)/dataset.json: | $(VENV)/.installed
 	@$(BIN)/python launch/prepare_data.py --output $(DATA)
 
+$(QUESTIONS)/train.jsonl: | $(VENV)/.installed
+	@$(BIN)/python experiments/sparse_loss_sft/build.py --output $(QUESTIONS)
+
+define TORCHRUN
+processes=$(NPROC); threads=$$(( $$(nproc) / processes )); \
+export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(( threads > 0 ? threads : 1 ))}; \
+$(BIN)/torchrun --standalone --nproc-per-node $$processes
+endef
+
 pretrain: $(VENV)/.installed $(DATA)/dataset.json  ## Prepare text and train recipe tiny (ARGS="train.steps=50")
-	@processes=$(NPROC); threads=$$(( $$(nproc) / processes )); \
-	export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(( threads > 0 ? threads : 1 ))}; \
-	$(BIN)/torchrun --standalone --nproc-per-node $$processes launch/pretrain.py recipe=tiny $(ARGS)
+	@$(TORCHRUN) launch/pretrain.py recipe=tiny $(ARGS)
+
+sft: $(VENV)/.installed $(DATA)/dataset.json $(QUESTIONS)/train.jsonl  ## Make chat rows and fine-tune recipe sft_tiny on them
+	@$(TORCHRUN) launch/sft.py recipe=sft_tiny $(ARGS)
 
 test: $(VENV)/.installed  ## Run the tests that need no GPU (ARGS="-k gate")
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)

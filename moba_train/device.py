@@ -21,6 +21,7 @@ import warnings
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 __all__ = [
     "collective_backend",
@@ -190,7 +191,9 @@ def _without_cuda(factory: Any) -> Any:
 
 
 def _lead_cuda_to_cpu() -> None:
-    # First: it imports torch._dynamo, which looks through torch.cuda's names.
+    # First: `with torch.device(...)`, as transformers loads models, takes the factories it finds when first used.
+    _device_constructors()
+    # Before the patches: it imports torch._dynamo, which looks through torch.cuda's names.
     import megatron.core.tensor_parallel.random as mcore_random
 
     cuda: Any = torch.cuda

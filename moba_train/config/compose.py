@@ -22,10 +22,11 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from moba_train.config.huggingface import parse_config, read_config
 from moba_train.config.schedule import resolve_schedule
 from moba_train.config.schema import ConfigError, RunConfig, from_dict, to_dict, unknown_key
 
-__all__ = ["RECIPES", "compose", "group_options", "run_command_line"]
+__all__ = ["RECIPES", "compose", "group_options", "run_command_line", "told", "with_overrides"]
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 _OTHERS_WAIT_S = 10.0  # torchrun ends the rest within a second of the first failure
@@ -37,6 +38,18 @@ def compose(overrides: Sequence[str] = ()) -> RunConfig:
     Raises ConfigError.
     """
     return resolve_schedule(from_dict(_values(overrides)))
+
+
+def with_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """`config` with key=value settings, such as those of a checkpoint that something is to be changed of."""
+    for override in overrides:
+        if not re.match(r"[\w.]+=", override):
+            raise ConfigError("overrides", override, "not in key=value form")
+    try:
+        changes = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
+    except (OmegaConfBaseException, ValueError) as error:
+        raise ConfigError("overrides", " ".join(overrides), str(error).splitlines()[0]) from None
+    return from_dict(_merged(to_dict(config), changes))
 
 
 def group_options(group: str) -> list[str]:
@@ -51,22 +64,15 @@ def run_command_line(action: Callable[[RunConfig], int], doc: str, arguments: Se
     ended by the launcher with it, and speak only if the trouble was theirs alone.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
+    return told(lambda: _run(action, doc, arguments))
+
+
+def told(action: Callable[[], int]) -> int:
+    """`action()`; a ConfigError out of it is told as `run_command_line` says, and gives 2."""
     try:
-        if "--help" in arguments or "-h" in arguments:
-            if rank == 0:
-                print(_help(doc))
-            return 0
-        if "--cfg" in arguments:
-            at = arguments.index("--cfg")
-            if arguments[at + 1 : at + 2] != ["job"]:
-                raise ConfigError("--cfg", " ".join(arguments[at + 1 : at + 2]), "write --cfg job")
-            text = OmegaConf.to_yaml(OmegaConf.create(_values(arguments[:at] + arguments[at + 2 :])))
-            if rank == 0:
-                print(text, end="")
-            return 0
-        return action(compose(arguments))
+        return action()
     except ConfigError as error:
+        rank, local_rank = _ranks()
         if local_rank:
             time.sleep(_OTHERS_WAIT_S)
         where = f" (process {rank} on {platform.node()})" if rank else ""
@@ -74,8 +80,46 @@ def run_command_line(action: Callable[[RunConfig], int], doc: str, arguments: Se
         return 2
 
 
+def _run(action: Callable[[RunConfig], int], doc: str, arguments: list[str]) -> int:
+    rank, _ = _ranks()
+    if "--help" in arguments or "-h" in arguments:
+        if rank == 0:
+            print(_help(doc))
+        return 0
+    if "--cfg" in arguments:
+        at = arguments.index("--cfg")
+        if arguments[at + 1 : at + 2] != ["job"]:
+            raise ConfigError("--cfg", " ".join(arguments[at + 1 : at + 2]), "write --cfg job")
+        text = OmegaConf.to_yaml(OmegaConf.create(_values(arguments[:at] + arguments[at + 2 :])))
+        if rank == 0:
+            print(text, end="")
+        return 0
+    return action(compose(arguments))
+
+
+def _ranks() -> tuple[int, int]:
+    """This process's number among all, and on its machine, as torchrun says."""
+    rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
+    return rank, local_rank
+
+
 def _values(overrides: Sequence[str]) -> dict[str, Any]:
+    """The resolved values. Started from a Hugging Face folder, a run has the folder's model, unless `model=` names one;
+    the recipe's and the command line's own model.* values lie on top either way."""
     ConfigStore.instance().store(name="schema", node=OmegaConf.create(to_dict(RunConfig())))
+    values = _compose_values(overrides)
+    folder = values["checkpoint"]["init_from_hf"]
+    if folder is None or any(override.startswith("model=") for override in overrides):
+        return values
+    kept = Path(values["run"]["dir"] or "") / "hf"  # where a run keeps it, should the folder be gone by now
+    source = kept if kept.is_dir() and not Path(folder).is_dir() else folder
+    key = "checkpoint.init_from_hf"
+    model = parse_config(read_config(source, key), Path(folder).resolve().name, key)
+    ConfigStore.instance().store(group="model", name="from_hf", node=OmegaConf.create(to_dict(model)))
+    return _compose_values([*overrides, "model=from_hf"])
+
+
+def _compose_values(overrides: Sequence[str]) -> dict[str, Any]:
     try:
         with initialize_config_dir(str(RECIPES), version_base="1.3"):
             config = hydra_compose("config", overrides=[_quoted(override) for override in overrides])
@@ -84,6 +128,12 @@ def _values(overrides: Sequence[str]) -> dict[str, Any]:
         raise _explain(error, overrides) from None
     assert isinstance(values, dict)
     return {str(key): value for key, value in values.items()}
+
+
+def _merged(values: Any, changes: Any) -> Any:
+    if not isinstance(values, dict) or not isinstance(changes, dict):
+        return changes
+    return {**values, **{key: _merged(values.get(key), change) for key, change in changes.items()}}
 
 
 def _quoted(override: str) -> str:

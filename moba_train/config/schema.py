@@ -28,6 +28,7 @@ __all__ = [
     "RopeScaling",
     "RunConfig",
     "RunDirConfig",
+    "SftConfig",
     "TrainConfig",
     "WandbConfig",
     "from_dict",
@@ -45,13 +46,26 @@ class ConfigError(Exception):
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Rotary frequency scaling, by Hugging Face's field names (`rope_scaling` in config.json)."""
+    """Rotary frequency scaling, by Hugging Face's field names. Which type takes which: config/huggingface.py.
 
-    rope_type: str = "default"  # default | linear | llama3
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
+    A field that the type does not take must stay null.
+    """
+
+    rope_type: str = "default"  # default | linear | dynamic (NTK-aware) | llama3 | yarn | longrope
+    factor: float | None = None
+    original_max_position_embeddings: int | None = None
+    low_freq_factor: float | None = None  # llama3
+    high_freq_factor: float | None = None  # llama3
+    attention_factor: float | None = None  # yarn, longrope: multiplies cos and sin; null: by the type's formula
+    beta_fast: float | None = None  # yarn; null: 32
+    beta_slow: float | None = None  # yarn; null: 1
+    mscale: float | None = None  # yarn
+    mscale_all_dim: float | None = None  # yarn
+    truncate: bool | None = None  # yarn; null: true
+    short_factor: tuple[float, ...] | None = None  # longrope: a factor for each dimension pair
+    long_factor: tuple[float, ...] | None = (
+        None  # longrope: the same, of inputs beyond original_max_position_embeddings
+    )
 
 
 @dataclass(frozen=True)
@@ -68,8 +82,10 @@ class ModelConfig:
     vocab_size: int = 4096
     rope_base: float = 10000.0
     rope_scaling: RopeScaling = field(default_factory=RopeScaling)
+    max_position_embeddings: int | None = None  # longest input it was made for; null: train.sequence_length
     norm_epsilon: float = 1e-5
     qk_norm: bool = False
+    qkv_bias: bool = False
     tie_embeddings: bool = True
     init_std: float = 0.02
     transformer_impl: str = "local"  # local | transformer_engine
@@ -153,6 +169,7 @@ class TrainConfig:
     validate_every: int = 0  # steps; 0: only at the end
     validation_batches: int = 8  # global batches per validation
     seed: int = 1234
+    freeze: tuple[str, ...] = ()  # shell patterns of parameter names that do not train, layers numbered from 0
 
 
 @dataclass(frozen=True)
@@ -164,6 +181,21 @@ class DataConfig:
     mode: str = "packed"  # packed: documents kept apart | concatenated: one document per row
     seed: int = 1234
     cache_dir: str | None = None  # of the sample indices; None: beside the data
+
+
+@dataclass(frozen=True)
+class SftConfig:
+    """Fine-tuning on chat rows (launch/sft.py), in place of data.path; off while `path` is not given."""
+
+    path: str | None = None  # a file, folder or glob of .jsonl or .parquet
+    valid_path: str | None = None  # None: a part of the rows of `path`
+    valid_fraction: float | None = None  # of the rows, chosen by a hash; None: 0.05 where there is no valid_path
+    tokenizer: str | None = None  # a pretrained folder, or tokenizer/ of a prepared one
+    chat_template: str | None = None  # a jinja file; None: the tokenizer's own, else a built-in one
+    last_turn_only: bool = False  # loss on the last assistant turn alone
+    overlong: str = "refuse"  # rows longer than the context: refuse | truncate | drop
+    packing: str = "first_fit_decreasing"  # first_fit_decreasing | sequential | none
+    loss_weighting: str = "token"  # what weighs the same: token | sample (a row) | document (rows of one source)
 
 
 @dataclass(frozen=True)
@@ -191,6 +223,7 @@ class CheckpointConfig:
     resume: bool = True  # go on from run.dir's latest checkpoint when there is one
     load: str | None = None  # start from this checkpoint (a run folder or one of its step folders)
     load_weights_only: bool = False  # with load: fresh optimizer, schedule and data position
+    init_from_hf: str | None = None  # start from the weights of this Hugging Face folder; its shape becomes model.*
 
 
 @dataclass(frozen=True)
@@ -232,6 +265,7 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    sft: SftConfig = field(default_factory=SftConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)

@@ -6,17 +6,18 @@ and train/checkpoint.py: train/setup.py calls them all.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from typing import Any
 
-from moba_train.config.schema import ConfigError, RunConfig
+from moba_train.config.huggingface import check_rope
+from moba_train.config.schema import ConfigError, RunConfig, SftConfig
 
 __all__ = ["data_parallel_size", "min_world_size", "validate"]
 
 _CHOICES = {
     "precision": ("fp32", "bf16", "fp8"),
     "model.transformer_impl": ("local", "transformer_engine"),
-    "model.rope_scaling.rope_type": ("default", "linear", "llama3"),
     "attention.backend": ("auto", "reference", "portable", "triton"),
     "attention.full_backend": ("auto", "reference", "sdpa", "triton"),
     "parallel.context_layout": ("zigzag", "balanced", "contiguous"),
@@ -24,6 +25,9 @@ _CHOICES = {
     "parallel.full_context_strategy": (None, "all_gather", "all_to_all", "ring"),
     "parallel.recompute": ("none", "selective", "full"),
     "data.mode": ("packed", "concatenated"),
+    "sft.overlong": ("refuse", "truncate", "drop"),
+    "sft.packing": ("first_fit_decreasing", "sequential", "none"),
+    "sft.loss_weighting": ("token", "sample", "document"),
     "optim.schedule": ("cosine", "wsd", "constant"),
     "wandb.mode": ("disabled", "offline", "online"),
 }
@@ -84,6 +88,7 @@ def validate(config: RunConfig, world_size: int) -> None:
             f"parallel.pipeline={config.parallel.pipeline}",
         )
     _check_training(config)
+    _check_sft(config)
 
 
 def _check_model(config: RunConfig) -> None:
@@ -95,6 +100,7 @@ def _check_model(config: RunConfig) -> None:
         f"must be a multiple of model.num_key_value_heads={model.num_key_value_heads}",
     )
     _require(config, "model.head_dim", model.head_dim % 2 == 0, "rotary embedding needs an even head dimension")
+    check_rope(model)
     for name in ("num_attention_heads", "num_key_value_heads", "ffn_hidden_size", "vocab_size"):
         _require(
             config,
@@ -187,7 +193,6 @@ def _check_training(config: RunConfig) -> None:
         _require(config, key, _get(config, key) > 0, "must be positive")
     for key in ("optim.beta1", "optim.beta2"):
         _require(config, key, 0 <= _get(config, key) < 1, "must lie in [0, 1)")
-    _require(config, "model.rope_scaling.factor", config.model.rope_scaling.factor > 0, "must be positive")
     _require(config, "train.seed", 0 <= train.seed < 2**31, "must lie between 0 and 2147483647")
     _require(
         config,
@@ -209,6 +214,12 @@ def _check_training(config: RunConfig) -> None:
         "checkpoint.load_weights_only",
         not config.checkpoint.load_weights_only or config.checkpoint.load is not None,
         "needs checkpoint.load=PATH",
+    )
+    _require(
+        config,
+        "checkpoint.init_from_hf",
+        config.checkpoint.init_from_hf is None or config.checkpoint.load is None,
+        "checkpoint.load is given too; start from one of them",
     )
 
 
@@ -238,6 +249,31 @@ def _check_dense_layers(config: RunConfig) -> None:
         not metrics.gate_per_head or metrics.gate_every > 0,
         "nothing is measured: set metrics.gate_every to a number of steps",
     )
+
+
+def _check_sft(config: RunConfig) -> None:
+    sft = config.sft
+    if sft.path is None:
+        for name, value in dataclasses.asdict(sft).items():
+            unset = value == getattr(SftConfig(), name)
+            _require(config, f"sft.{name}", unset, "means nothing without chat rows: give sft.path, or leave it out")
+        return
+    for key in ("data.path", "data.blend"):
+        _require(
+            config, key, _get(config, key) is None, f"the rows come from sft.path={sft.path!r}; drop one of the two"
+        )
+    _require(config, "data.mode", config.data.mode == "packed", "chat rows are kept apart: leave it at packed")
+    _require(
+        config,
+        "sft.tokenizer",
+        sft.tokenizer is not None,
+        "name a pretrained folder, or the tokenizer/ of a prepared one (such as data/stdlib/tokenizer)",
+    )
+    if sft.valid_fraction is not None:
+        _require(
+            config, "sft.valid_fraction", sft.valid_path is None, "sft.valid_path is given too; drop one of the two"
+        )
+        _require(config, "sft.valid_fraction", 0 < sft.valid_fraction < 1, "must lie between 0 and 1, both left out")
 
 
 def _get(config: RunConfig, key: str) -> Any:

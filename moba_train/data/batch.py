@@ -24,7 +24,7 @@ class Batch:
 
     tokens: torch.Tensor  # int64 [T]
     labels: torch.Tensor  # int64 [T]; the token after each one, also where loss_mask is 0
-    loss_mask: torch.Tensor  # float32 [T]; 1 where the label counts
+    loss_mask: torch.Tensor  # float32 [T]; weight of the label in the loss, 0 where it does not count
     positions: torch.Tensor  # int64 [T]; counted from the start of each document
     cu_seqlens: torch.Tensor  # int32 [documents + 1], host; 0, ..., S
     q_positions: torch.Tensor | None = None  # int64 [T], host; global row of each token, None: all of them

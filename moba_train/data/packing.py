@@ -10,11 +10,13 @@ Shapes: S tokens a row; a row is made from S + 1 tokens of text, so that every t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from moba_train.data.batch import Batch
 
-__all__ = ["pack_row"]
+__all__ = ["pack_documents", "pack_row"]
 
 
 def pack_row(text: torch.Tensor, eod_id: int, mode: str, num_real: int | None = None) -> Batch:
@@ -34,3 +36,24 @@ def pack_row(text: torch.Tensor, eod_id: int, mode: str, num_real: int | None = 
     starts = bounds[:-1]
     positions = torch.arange(length) - torch.repeat_interleave(starts, bounds.diff())
     return Batch(tokens, labels, loss_mask, positions, cu_seqlens=bounds.to(torch.int32))
+
+
+def pack_documents(documents: Sequence[tuple[torch.Tensor, torch.Tensor]], length: int) -> Batch:
+    """The Batch of S = `length` places that holds `documents` in turn, each kept apart.
+
+    A document is its tokens (int64 [n], n > 1) and the loss weight of each as a label (float32 [n]); it takes n - 1
+    places, as its last token is a label only. ValueError where they do not fit.
+    """
+    sizes = [len(tokens) - 1 for tokens, _ in documents]
+    filler = length - sum(sizes)
+    if filler < 0 or any(size < 1 for size in sizes):
+        raise ValueError(f"documents of {sizes} places do not fit into a row of {length}")
+    blank = torch.zeros(filler, dtype=torch.int64)  # any id would do
+    bounds = torch.tensor([0, *sizes, *([filler] if filler else [])], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    return Batch(
+        tokens=torch.cat([*(tokens[:-1] for tokens, _ in documents), blank]),
+        labels=torch.cat([*(tokens[1:] for tokens, _ in documents), blank]),
+        loss_mask=torch.cat([*(weights[1:] for _, weights in documents), torch.zeros(filler)]),
+        positions=torch.cat([torch.arange(size) for size in (*sizes, filler)]),
+        cu_seqlens=bounds,
+    )

@@ -21,6 +21,7 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 from moba_train.config.schema import ConfigError
 from moba_train.data.info import FORMAT_VERSION, DatasetInfo, PrepareArguments, SplitInfo, already_prepared, write_info
 from moba_train.data.sources import STANDARD_LIBRARY, Corpus, find_files, standard_library_files
+from moba_train.data.split import text_hash, valid_threshold
 from moba_train.data.tokenizer import Tokenizer, load_tokenizer, train_byte_bpe
 
 __all__ = ["Progress", "prepare"]
@@ -79,20 +80,16 @@ def _survey(corpus: Corpus, valid_fraction: float, progress: Progress) -> tuple[
     """
     lowest, highest, total_bytes = 1 << 64, -1, 0
     for text in corpus:
-        value = _hash(text)
+        value = text_hash(text)
         lowest, highest = min(lowest, value), max(highest, value)
         total_bytes += len(text.encode())
         progress("reading", total_bytes, 0)
-    threshold = max(int(valid_fraction * (1 << 64)), lowest + 1)
+    threshold = valid_threshold(valid_fraction, lowest)
     if highest < threshold:
         found = "no document" if highest < 0 else "no document is left for training"
         remedy = f"{found}; give at least two different ones, or a smaller --valid-fraction"
         raise ConfigError("--input", "all documents", remedy)
-    return lambda text: _hash(text) < threshold, total_bytes
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+    return lambda text: text_hash(text) < threshold, total_bytes
 
 
 def _train_sample(

@@ -12,14 +12,24 @@ import os
 import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from moba_train.config.schema import ConfigError
 
-__all__ = ["STANDARD_LIBRARY", "Corpus", "find_files", "standard_library_files"]
+__all__ = [
+    "JSONL_SUFFIXES",
+    "PARQUET_SUFFIXES",
+    "STANDARD_LIBRARY",
+    "Corpus",
+    "find_files",
+    "json_lines",
+    "parquet_rows",
+    "standard_library_files",
+]
 
 STANDARD_LIBRARY = "Python standard library"
-_JSONL = (".jsonl", ".ndjson")
-_PARQUET = (".parquet",)
+JSONL_SUFFIXES = (".jsonl", ".ndjson")
+PARQUET_SUFFIXES = (".parquet",)
 # Tests are long and repetitive, and site-packages differ from machine to machine.
 _NOT_STDLIB = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
 
@@ -43,9 +53,9 @@ class Corpus:
     def _all_texts(self) -> Iterator[str]:
         for file in self.files:
             suffix = file.suffix.lower()
-            if suffix in _JSONL:
+            if suffix in JSONL_SUFFIXES:
                 yield from self._jsonl(file)
-            elif suffix in _PARQUET:
+            elif suffix in PARQUET_SUFFIXES:
                 yield from self._parquet(file)
             else:
                 try:
@@ -54,34 +64,16 @@ class Corpus:
                     self.skipped_files += 1
 
     def _jsonl(self, file: Path) -> Iterator[str]:
-        with file.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                place = f"{file}:{number}"
-                try:
-                    record = json.loads(line)
-                except ValueError as error:
-                    raise ConfigError("--input", place, f"not a line of JSON ({error}); mend or drop it") from error
-                if not isinstance(record, dict) or self.text_key not in record:
-                    keys = ", ".join(sorted(record)) if isinstance(record, dict) else f"none: a {type(record).__name__}"
-                    raise ConfigError("--text-key", self.text_key, f"not among the keys of {place}: {keys}")
-                yield from self._checked(record[self.text_key], place)
+        for line, record in json_lines(file):
+            place = f"{file}:{line}"
+            if not isinstance(record, dict) or self.text_key not in record:
+                keys = ", ".join(sorted(record)) if isinstance(record, dict) else f"none: a {type(record).__name__}"
+                raise ConfigError("--text-key", self.text_key, f"not among the keys of {place}: {keys}")
+            yield from self._checked(record[self.text_key], place)
 
     def _parquet(self, file: Path) -> Iterator[str]:
-        import pyarrow  # only this kind of input needs it
-        import pyarrow.parquet
-
-        try:
-            with pyarrow.parquet.ParquetFile(file) as table:
-                if self.text_key not in table.schema_arrow.names:
-                    columns = ", ".join(table.schema_arrow.names)
-                    raise ConfigError("--text-key", self.text_key, f"not among the columns of {file}: {columns}")
-                for rows in table.iter_batches(batch_size=1024, columns=[self.text_key]):
-                    for value in rows.column(0).to_pylist():
-                        yield from self._checked(value, str(file))
-        except pyarrow.ArrowException as error:
-            raise ConfigError("--input", str(file), f"not a readable Parquet file ({error})") from error
+        for row, record in parquet_rows(file, column=self.text_key):
+            yield from self._checked(record[self.text_key], f"{file}:{row}")
 
     def _checked(self, value: object, place: str) -> Iterator[str]:
         if value is None:
@@ -96,11 +88,43 @@ class Corpus:
         yield value
 
 
-def find_files(inputs: Sequence[str], suffixes: Sequence[str] = ()) -> list[Path]:
+def json_lines(file: Path, key: str = "--input") -> Iterator[tuple[int, Any]]:
+    """(line number from 1, value) of each line that is not blank; ConfigError (about `key`) names a broken one."""
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                yield number, json.loads(line)
+            except ValueError as error:
+                remedy = f"not a line of JSON ({error}); mend or drop it"
+                raise ConfigError(key, f"{file}:{number}", remedy) from error
+
+
+def parquet_rows(file: Path, key: str = "--input", column: str | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(row number from 1, values by column) of each row; with `column`, that one alone. ConfigError if unreadable."""
+    import pyarrow  # only this kind of input needs it
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            names = table.schema_arrow.names
+            if column is not None and column not in names:
+                raise ConfigError("--text-key", column, f"not among the columns of {file}: {', '.join(names)}")
+            number = 0
+            for rows in table.iter_batches(batch_size=1024, columns=None if column is None else [column]):
+                for record in rows.to_pylist():
+                    number += 1
+                    yield number, record
+    except pyarrow.ArrowException as error:
+        raise ConfigError(key, str(file), f"not a readable Parquet file ({error})") from error
+
+
+def find_files(inputs: Sequence[str], suffixes: Sequence[str] = (), key: str = "--input") -> list[Path]:
     """The files of each input in turn: a file, a folder (all below it, hidden ones left out) or a glob, sorted by path.
 
     `suffixes` (".py") filters what folders and globs give; none: every file. A file found twice is taken once.
-    Raises ConfigError for an input without files.
+    Raises ConfigError (about `key`) for an input without files.
     """
     endings = tuple(s if s.startswith(".") else f".{s}" for s in suffixes)
     found: dict[Path, None] = {}
@@ -114,7 +138,7 @@ def find_files(inputs: Sequence[str], suffixes: Sequence[str] = ()) -> list[Path
             files = [f for f in files if not endings or f.name.endswith(endings)]
         if not files:
             ending = f" ending in {' or '.join(endings)}" if endings else ""
-            raise ConfigError("--input", given, f"no file{ending} found; give a file, a folder or a quoted glob")
+            raise ConfigError(key, given, f"no file{ending} found; give a file, a folder or a quoted glob")
         found.update(dict.fromkeys(f.resolve() for f in files))
     return list(found)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from moba_train.config.schema import ConfigError
 
-__all__ = ["EOD_TOKEN", "PAD_TOKEN", "Tokenizer", "load_tokenizer", "train_byte_bpe"]
+__all__ = ["EOD_TOKEN", "PAD_TOKEN", "Tokenizer", "load_tokenizer", "tokenizer_files", "train_byte_bpe"]
 
 EOD_TOKEN = "<|endoftext|>"
 PAD_TOKEN = "<|pad|>"
@@ -76,11 +76,16 @@ class Tokenizer:
         """The text of `ids`, special tokens included."""
         return self._backend.decode(list(ids), skip_special_tokens=False)
 
+    def stream(self) -> Callable[[int], str]:
+        """A function from the next id to the text it completes: "" while a character still lacks bytes."""
+        stream = decoders.DecodeStream(skip_special_tokens=False)
+        return lambda token: stream.step(self._backend, token) or ""
+
     def save(self, folder: Path) -> None:
         """Write a folder that `load_tokenizer` and transformers' AutoTokenizer read; what was loaded is copied."""
         folder.mkdir(parents=True, exist_ok=True)
         if self._source is not None and self._source.is_dir():
-            for file in sorted({f for pattern in _TOKENIZER_FILES for f in self._source.glob(pattern) if f.is_file()}):
+            for file in tokenizer_files(self._source):
                 shutil.copyfile(file, folder / file.name)
         elif self._source is not None:
             shutil.copyfile(self._source, folder / _TOKENIZER_JSON)
@@ -91,6 +96,11 @@ class Tokenizer:
             if self.pad >= 0:
                 config["pad_token"] = self._backend.id_to_token(self.pad)
             (folder / _CONFIG_JSON).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of a pretrained folder that make up its tokenizer."""
+    return sorted({file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()})
 
 
 def train_byte_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:

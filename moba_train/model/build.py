@@ -12,11 +12,12 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moba_train.config.schema import RunConfig
+from moba_train.model.freeze import freeze_parameters
 from moba_train.model.layer_plan import layer_plan
 from moba_train.model.specs import block_spec
 from moba_train.parallel.groups import Groups
 
-__all__ = ["build_model", "params_dtype", "transformer_config"]
+__all__ = ["build_gpt", "build_model", "params_dtype", "transformer_config"]
 
 
 def params_dtype(config: RunConfig) -> torch.dtype:
@@ -59,6 +60,7 @@ def transformer_config(config: RunConfig, device: torch.device) -> TransformerCo
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_epsilon,
         qk_layernorm=model.qk_norm,
+        add_qkv_bias=model.qkv_bias,
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
@@ -85,11 +87,29 @@ def transformer_config(config: RunConfig, device: torch.device) -> TransformerCo
     )
 
 
+def build_gpt(
+    config: RunConfig, transformer: TransformerConfig, groups: Groups, device: torch.device, stage: int = 0
+) -> GPTModel:
+    """The bare model chunk of one (virtual) pipeline stage of this rank on `device`; chunks share `transformer`."""
+    plan = layer_plan(config.attention, config.model.num_layers)
+    virtual = config.parallel.virtual_pipeline
+    vp_stage = stage if virtual > 1 else None
+    return GPTModel(
+        config=transformer,
+        transformer_layer_spec=block_spec(config, transformer, plan, groups.pipeline.rank, vp_stage),
+        vocab_size=config.model.vocab_size,
+        max_sequence_length=config.train.sequence_length,
+        pre_process=groups.is_first_stage and stage == 0,
+        post_process=groups.is_last_stage and stage == virtual - 1,
+        share_embeddings_and_output_weights=config.model.tie_embeddings,
+        position_embedding_type="none",  # CoreAttention rotates from explicit positions
+        vp_stage=vp_stage,
+    ).to(device)
+
+
 def build_model(config: RunConfig, groups: Groups, device: torch.device) -> list[DistributedDataParallel]:
     """This rank's model chunks on `device`: one, or one per virtual pipeline stage."""
     transformer = transformer_config(config, device)
-    plan = layer_plan(config.attention, config.model.num_layers)
-    virtual, last = config.parallel.virtual_pipeline, groups.pipeline.size - 1
     overlap = config.parallel.overlap_grad_reduce
     ddp = DistributedDataParallelConfig(
         use_distributed_optimizer=config.parallel.distributed_optimizer,
@@ -98,21 +118,16 @@ def build_model(config: RunConfig, groups: Groups, device: torch.device) -> list
         overlap_param_gather=overlap and config.parallel.distributed_optimizer,
         check_for_nan_in_grad=True,
     )
-    chunks = []
-    for stage in range(virtual):
-        vp_stage = stage if virtual > 1 else None
-        model: torch.nn.Module = GPTModel(
-            config=transformer,
-            transformer_layer_spec=block_spec(config, transformer, plan, groups.pipeline.rank, vp_stage),
-            vocab_size=config.model.vocab_size,
-            max_sequence_length=config.train.sequence_length,
-            pre_process=groups.is_first_stage and stage == 0,
-            post_process=groups.pipeline.rank == last and stage == virtual - 1,
-            share_embeddings_and_output_weights=config.model.tie_embeddings,
-            position_embedding_type="none",  # CoreAttention rotates from explicit positions
-            vp_stage=vp_stage,
-        ).to(device)
-        if transformer.bf16:
-            model = Float16Module(transformer, model)
-        chunks.append(DistributedDataParallel(transformer, ddp, model, disable_bucketing=stage > 0))
-    return chunks
+    models = [
+        build_gpt(config, transformer, groups, device, stage) for stage in range(config.parallel.virtual_pipeline)
+    ]
+    freeze_parameters(models, config.train.freeze, recompute=config.parallel.recompute != "none")
+    return [
+        DistributedDataParallel(
+            transformer,
+            ddp,
+            Float16Module(transformer, model) if transformer.bf16 else model,
+            disable_bucketing=stage > 0,
+        )
+        for stage, model in enumerate(models)
+    ]

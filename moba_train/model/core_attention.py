@@ -9,7 +9,7 @@ parameters, the key convolution, is in layers of both kinds.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 
-from moba_train.attention import SequenceInfo, full_attention, moba_attention
+from moba_train.attention import LayerCache, SequenceInfo, full_attention, moba_attention
 from moba_train.context_parallel.layout import LayoutRule
 from moba_train.context_parallel.wrap import wrap
 from moba_train.model.key_conv import KeyConv
@@ -32,10 +32,12 @@ class RowParams(PackedSeqParams):
     """What every layer needs to know of a micro-batch; rides through megatron-core as its packed_seq_params.
 
     sequence: global document bounds and this rank's query positions. rotary: cos and sin from `rope.rotary_table`.
+    caches: when generating, one per layer of the model; the row holds the document's next tokens (no context parallel).
     """
 
     sequence: SequenceInfo = field(kw_only=True)
     rotary: tuple[torch.Tensor, torch.Tensor] = field(kw_only=True)
+    caches: Sequence[LayerCache] | None = field(kw_only=True, default=None)
 
 
 _Op = Callable[..., tuple[torch.Tensor, torch.Tensor]]
@@ -100,8 +102,10 @@ class CoreAttention(MegatronModule):
         assert isinstance(packed_seq_params, RowParams), type(packed_seq_params)
         assert attention_mask is None, "documents come with the row"
         assert attention_bias is None, "no bias in these models"
+        sequence, caches = packed_seq_params.sequence, packed_seq_params.caches
+        cache = None if caches is None else caches[self.layer_number - 1]
         if self.key_conv is not None:
-            key = self.key_conv(key, packed_seq_params.sequence)
+            key = self.key_conv(key, sequence, cache)
         q_THD = rotate(query, *packed_seq_params.rotary)
         k_SGD = rotate(key, *packed_seq_params.rotary)
         if self.observer is not None:
@@ -109,7 +113,12 @@ class CoreAttention(MegatronModule):
         options: dict[str, Any] = {"softmax_scale": self.softmax_scale, "backend": self.backends[self.layer.kind]}
         if self.layer.kind is LayerKind.MOBA:
             options |= self.layer.routing
-        out_THD, _ = self.ops[self.layer.kind](q_THD, k_SGD, value, packed_seq_params.sequence, **options)
+        if cache is not None:
+            cache.append(k_SGD, value)
+            k_SGD, value = cache.keys, cache.values
+            if self.layer.kind is LayerKind.MOBA:
+                options["picks"] = cache.select(q_THD, sequence, backend=options["backend"], **self.layer.routing)
+        out_THD, _ = self.ops[self.layer.kind](q_THD, k_SGD, value, sequence, **options)
         return out_THD.reshape(out_THD.shape[0], -1)
 
 

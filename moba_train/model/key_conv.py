@@ -21,7 +21,7 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
-from moba_train.attention import SequenceInfo, convolve_keys
+from moba_train.attention import LayerCache, SequenceInfo, convolve_keys
 from moba_train.context_parallel.halo import with_halo
 from moba_train.context_parallel.layout import LayoutRule
 
@@ -34,8 +34,7 @@ KEY_CONV_PREFIX = "self_attention.core_attention.key_conv."
 class KeyConv(torch.nn.Module):
     """k plus SiLU of a causal depthwise convolution of k (arXiv 2511.11571), each document by itself.
 
-    Decoding: cache the convolved keys, and the raw keys of the last W - 1 tokens; `attention.convolve_keys` makes the
-    new ones from these with `q_positions` and `k_positions`.
+    Decoding: a cache holds the convolved keys, and the raw keys of the last W - 1 tokens to make new ones from.
     """
 
     def __init__(
@@ -58,10 +57,16 @@ class KeyConv(torch.nn.Module):
         self.weight = torch.nn.Parameter(zeros)
         set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=0, stride=1)
 
-    def forward(self, key_TGD: torch.Tensor, sequence: SequenceInfo) -> torch.Tensor:
-        """[T, G, D] -> [T, G, D]; `sequence` has the bounds of the whole context and this rank's rows as queries."""
+    def forward(self, key_TGD: torch.Tensor, sequence: SequenceInfo, cache: LayerCache | None = None) -> torch.Tensor:
+        """[T, G, D] -> [T, G, D]; `sequence` has the bounds of the whole context and this rank's rows as queries.
+
+        With `cache` the rows are a document's next ones, not appended yet.
+        """
         reach = self.weight.shape[2] - 1
-        held, seq = with_halo(key_TGD, sequence, self.context_group, self.layout, reach)
+        if cache is None:
+            held, seq = with_halo(key_TGD, sequence, self.context_group, self.layout, reach)
+        else:
+            held, seq = cache.with_recent(key_TGD, reach)
         return convolve_keys(held, self.weight, seq, backend=self.backend)
 
     def sharded_state_dict(

@@ -9,6 +9,7 @@ from typing import Any
 from moba_train.config.schema import RunConfig, to_dict
 from moba_train.config.validate import data_parallel_size
 from moba_train.model.layer_plan import LayerKind, Plan, describe, plan_phases
+from moba_train.model.rope import describe_rope
 from moba_train.train.estimate import memory_gib, parameter_count
 from moba_train.train.flops import matmul_flops_per_token, training_flops
 from moba_train.train.report import print_table
@@ -37,6 +38,7 @@ def print_plan(config: RunConfig, world_size: int) -> None:
         f"{config.recipe}: {model.name} on {world_size} GPUs",
         [
             *_plan_rows(phases, ends, costs, "" if attention == config.attention else ", before auto chooses"),
+            ("rotary embedding", describe_rope(model, length)),
             (
                 "tensor x pipeline x context x data",
                 f"{parallel.tensor} x {parallel.pipeline} x {parallel.context} x {dp}",

@@ -54,7 +54,8 @@ def memory_gib(config: RunConfig, world_size: int) -> dict[str, float]:
 def _layer_parameters(model: ModelConfig) -> int:
     heads = 2 * model.num_attention_heads + 2 * model.num_key_value_heads
     norms = 2 * model.hidden_size + (2 * model.head_dim if model.qk_norm else 0)
-    return model.hidden_size * heads * model.head_dim + 3 * model.hidden_size * model.ffn_hidden_size + norms
+    biases = (model.num_attention_heads + 2 * model.num_key_value_heads) * model.head_dim if model.qkv_bias else 0
+    return model.hidden_size * heads * model.head_dim + 3 * model.hidden_size * model.ffn_hidden_size + norms + biases
 
 
 def _embedding_parameters(model: ModelConfig) -> int:

@@ -12,9 +12,10 @@ from typing import Any
 import torch.distributed as dist
 
 from moba_train import device as devices
-from moba_train.config.schema import RunConfig
+from moba_train.config.schema import ConfigError, RunConfig
 from moba_train.data.info import dataset_info
 from moba_train.model.layer_plan import describe, layer_plan, plan_phases
+from moba_train.model.rope import describe_rope
 from moba_train.train import checkpoint
 from moba_train.train.dense_layers import resolve_dense_layers
 from moba_train.train.dry_run import print_plan
@@ -24,11 +25,25 @@ from moba_train.train.report import draw, print_table
 from moba_train.train.setup import Run, close, preflight, setup
 from moba_train.train.step import StepResult, train_step, validate_model
 
-__all__ = ["pretrain"]
+__all__ = ["finetune", "pretrain"]
 
 
 def pretrain(config: RunConfig) -> int:
-    """Train as configured, or print the plan of a dry run. Returns the exit code; the preflight raises ConfigError."""
+    """Train on data.path, or print the plan of any dry run. Returns the exit code; the preflight raises ConfigError."""
+    if config.sft.path is not None and not config.dry_run:
+        raise ConfigError("sft.path", config.sft.path, "chat rows are for fine-tuning: start launch/sft.py")
+    return _launch(config)
+
+
+def finetune(config: RunConfig) -> int:
+    """Train on the chat rows of sft.path; otherwise as `pretrain`."""
+    if config.sft.path is None:
+        raise ConfigError("sft.path", None, "name chat rows (.jsonl or .parquet), or choose a recipe such as sft_tiny")
+    return _launch(config)
+
+
+def _launch(config: RunConfig) -> int:
+    """Print the plan of a dry run, or check, build and train; the exit code."""
     logging.basicConfig(format="%(message)s")
     first = os.environ.get("RANK", "0") == "0"
     logging.getLogger("moba_train").setLevel(logging.INFO if first else logging.ERROR)
@@ -169,6 +184,7 @@ def _announce(run: Run, metrics: Metrics) -> None:
     for step, later in phases:
         if step > run.step:
             metrics.say(f"  after step {step}: {describe(later)}")
+    metrics.say(f"rotary embedding: {describe_rope(config.model, config.train.sequence_length)}")
     if run.step:
         metrics.say(f"going on from step {run.step}")
 

@@ -23,13 +23,15 @@ from moba_train.config.schema import ConfigError, RunConfig
 from moba_train.config.validate import min_world_size, validate
 from moba_train.data.loader import Loader
 from moba_train.data.pretrain import PretrainData, build_datasets
+from moba_train.data.sft import SftData, build_sft, check_sft
 from moba_train.data.validate import check_data
 from moba_train.model.build import build_model
 from moba_train.model.layer_plan import plan_phases
-from moba_train.model.rope import inverse_frequencies
+from moba_train.model.rope import Frequencies, inverse_frequencies
 from moba_train.parallel import groups as mesh
 from moba_train.parallel.seed import seed_everything
-from moba_train.train import checkpoint
+from moba_train.train import checkpoint, checkpoint_folder
+from moba_train.train.hf_start import carry_over, check_hf_start, load_hf_start
 from moba_train.train.optimizer import build_optimizer, build_scheduler
 
 __all__ = ["Run", "close", "planned", "preflight", "setup"]
@@ -39,7 +41,7 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass
 class Run:
-    """A run in progress: `step` optimizer steps are done. frequencies: rotary angles per position, fp64 [D/2]."""
+    """A run in progress: `step` optimizer steps are done. frequencies: of the rotary embedding."""
 
     config: RunConfig
     groups: mesh.Groups
@@ -48,9 +50,9 @@ class Run:
     chunks: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
-    data: PretrainData
+    data: PretrainData | SftData
     loader: Loader
-    frequencies: torch.Tensor
+    frequencies: Frequencies
     step: int = 0
     tokens: int = 0
 
@@ -74,9 +76,14 @@ def preflight(config: RunConfig) -> int:
     validate(config, world_size)
     plan_phases(planned(config).attention, config.model.num_layers)
     if not config.dry_run:
-        check_data(config.data, vocab_size=config.model.vocab_size, sequence_length=config.train.sequence_length)
+        vocab_size, length = config.model.vocab_size, config.train.sequence_length
+        if config.sft.path is None:
+            check_data(config.data, vocab_size=vocab_size, sequence_length=length)
         _check_machine(config)
-        checkpoint.check(config)
+        checkpoint_folder.check(config)
+        check_hf_start(config)
+        if config.sft.path is not None:  # last: it may take a while
+            check_sft(config.sft, config.data, vocab_size, length, config.parallel.timeout_s)
     return world_size
 
 
@@ -109,13 +116,7 @@ def setup(config: RunConfig) -> Run:
     chunks = build_model(planned(config), groups, device)
     optimizer = build_optimizer(config, chunks)
     batch = config.train.global_batch_size
-    data = build_datasets(
-        config.data,
-        sequence_length=config.train.sequence_length,
-        train_samples=config.train.steps * batch,
-        valid_samples=config.train.validation_batches * batch,
-        cache_dir=config.data.cache_dir,
-    )
+    data = _build_data(config)
     run = Run(
         config=config,
         groups=groups,
@@ -126,9 +127,12 @@ def setup(config: RunConfig) -> Run:
         scheduler=build_scheduler(config, optimizer),
         data=data,
         loader=Loader(data.train, global_batch_size=batch, dp_rank=groups.data.rank, dp_size=groups.data.size),
-        frequencies=inverse_frequencies(config.model).to(device),
+        frequencies=inverse_frequencies(config.model, config.train.sequence_length).to(device),
     )
-    checkpoint.restore(run)
+    if checkpoint.restore(run):
+        carry_over(run)
+    elif config.checkpoint.init_from_hf is not None:
+        load_hf_start(run)
     return run
 
 
@@ -141,10 +145,10 @@ def _as_begun(config: RunConfig, folder: Path) -> RunConfig:
     """A resumed run keeps the dense last layers that `auto` chose when it began."""
     if config.attention.dense_last_layers != "auto":
         return config
-    start = checkpoint.find_start(config)
+    start = checkpoint_folder.find_start(config)
     if start is None or not start.is_relative_to(folder):
         return config
-    number = checkpoint.read_metadata(start).config["attention"]["dense_last_layers"]
+    number = checkpoint_folder.read_metadata(start).config["attention"]["dense_last_layers"]
     _LOG.info("attention.dense_last_layers=auto: %d, as when this run began", number)
     return config.with_dense_last_layers(number)
 
@@ -152,6 +156,18 @@ def _as_begun(config: RunConfig, folder: Path) -> RunConfig:
 def close() -> None:
     """Leave the process groups; safe when `setup` never finished."""
     mesh.close()
+
+
+def _build_data(config: RunConfig) -> PretrainData | SftData:
+    train = config.train
+    counts = {
+        "sequence_length": train.sequence_length,
+        "train_samples": train.steps * train.global_batch_size,
+        "valid_samples": train.validation_batches * train.global_batch_size,
+    }
+    if config.sft.path is None:
+        return build_datasets(config.data, cache_dir=config.data.cache_dir, **counts)
+    return build_sft(config.sft, config.data, vocab_size=config.model.vocab_size, **counts)
 
 
 def _shared_folder(config: RunConfig) -> Path:

@@ -9,7 +9,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -18,17 +18,19 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 
 from moba_train.attention import SequenceInfo
+from moba_train.config.schema import RunConfig
 from moba_train.context_parallel.layout import RULES
 from moba_train.data.batch import Batch
 from moba_train.data.loader import Loader
 from moba_train.model.core_attention import RowParams, set_layer_plan
 from moba_train.model.layer_plan import layer_plan
-from moba_train.model.rope import rotary_table
+from moba_train.model.rope import Frequencies, rotary_table
+from moba_train.parallel.groups import Groups
 from moba_train.train.flops import training_flops
 from moba_train.train.loss import masked_sum, position_sums
 from moba_train.train.setup import Run
 
-__all__ = ["StepResult", "Validation", "forward_rows", "train_step", "validate_model"]
+__all__ = ["HasModel", "Row", "StepResult", "Validation", "forward_rows", "to_row", "train_step", "validate_model"]
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,17 @@ class Validation:
     by_position: list[float]
 
 
+class HasModel(Protocol):
+    """What a row is laid out for: a run in training, or a model that is only asked."""
+
+    config: RunConfig
+    groups: Groups
+    device: torch.device
+    frequencies: Frequencies
+
+
 @dataclass(frozen=True)
-class _Row:
+class Row:
     """One micro-batch on this rank's device."""
 
     batch: Batch
@@ -75,8 +86,10 @@ def train_step(run: Run, stop_requested: bool) -> StepResult:
             flops += training_flops(config.model, plan, batch.cu_seqlens.diff().tolist())
             yield batch
 
-    _prepare_schedule(run)
-    sums = _run_schedule(run, counted(_global_batch(run.loader)), _loss_sums, forward_only=False)
+    weights = _WeightSum(run.device)
+    _prepare_schedule(run, weights)
+    report = functools.partial(_loss_sums, weights=weights)
+    sums = _run_schedule(run, counted(_global_batch(run.loader)), report, report_size=2, forward_only=False)
     # One collective for the loss, the token count, the counted FLOPs and the wish to stop.
     mine = run.groups.tensor.rank == 0
     share = 1 / (run.groups.context.size * run.groups.pipeline.size)  # data ranks count different rows, these the same
@@ -98,7 +111,7 @@ def train_step(run: Run, stop_requested: bool) -> StepResult:
     tokens = config.train.global_batch_size * config.train.sequence_length
     run.tokens += tokens
     return StepResult(
-        loss=loss_sum / max(count, 1),
+        loss=loss_sum / count if count else 0.0,
         grad_norm=float(grad_norm),
         learning_rate=learning_rate,
         tokens=tokens,
@@ -126,7 +139,8 @@ def validate_model(run: Run) -> Validation:
         chunk.eval()
     with torch.no_grad():
         for _ in range(-(-run.data.valid.num_rows // config.train.global_batch_size)):
-            total += _run_schedule(run, _global_batch(loader), report, forward_only=True).view_as(total)
+            sums = _run_schedule(run, _global_batch(loader), report, report_size=total.numel(), forward_only=True)
+            total += sums.view_as(total)
     for chunk in run.chunks:
         chunk.train()
     if run.groups.tensor.rank != 0:
@@ -134,7 +148,18 @@ def validate_model(run: Run) -> Validation:
     dist.all_reduce(total)
     sums, counts = total.tolist()
     by_position = [s / n if n else float("nan") for s, n in zip(sums, counts, strict=True)]
-    return Validation(loss=sum(sums) / max(sum(counts), 1), by_position=by_position)
+    return Validation(loss=sum(sums) / sum(counts) if any(counts) else 0.0, by_position=by_position)
+
+
+class _WeightSum:
+    """The loss weights of a step: what gradients are divided by. megatron-core counts whole tokens only."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.total = torch.zeros((), dtype=torch.float64, device=device)
+
+    def finalize(self, model: list[torch.nn.Module], num_tokens: torch.Tensor, **kwargs: Any) -> None:
+        """megatron-core's finish of a step, with the weights of this rank in place of its count of tokens."""
+        finalize_model_grads(model, self.total, **kwargs)
 
 
 def forward_rows(run: Run, rows: list[Batch]) -> None:
@@ -142,7 +167,7 @@ def forward_rows(run: Run, rows: list[Batch]) -> None:
     for chunk in run.chunks:
         chunk.eval()
     with torch.no_grad():
-        _run_schedule(run, iter(rows), _nothing, forward_only=True, count=len(rows))
+        _run_schedule(run, iter(rows), _nothing, 1, forward_only=True, count=len(rows))
     for chunk in run.chunks:
         chunk.train()
 
@@ -156,12 +181,13 @@ def _run_schedule(
     run: Run,
     batches: Iterator[Batch],
     report: Callable[..., torch.Tensor],
+    report_size: int,
     forward_only: bool,
     count: int | None = None,
 ) -> torch.Tensor:
     """`count` micro-batches (None: a global batch) through the pipeline; this rank's summed report (zeros off the
     last stage)."""
-    rows = (_to_row(run, batch) for batch in batches)
+    rows = (to_row(run, batch) for batch in batches)
     iterators = list(itertools.tee(rows, len(run.chunks))) if len(run.chunks) > 1 else [rows]
     reports = get_forward_backward_func()(
         forward_step_func=functools.partial(_forward_step, report=report),
@@ -174,12 +200,11 @@ def _run_schedule(
     )
     if reports:
         return torch.stack(reports).sum(0)
-    size = 2 if report is _loss_sums else 2 * run.config.metrics.position_buckets
-    return torch.zeros(size, dtype=torch.float64, device=run.device)
+    return torch.zeros(report_size, dtype=torch.float64, device=run.device)
 
 
 def _forward_step(
-    rows: Iterator[_Row], model: torch.nn.Module, report: Callable[..., torch.Tensor]
+    rows: Iterator[Row], model: torch.nn.Module, report: Callable[..., torch.Tensor]
 ) -> tuple[torch.Tensor, Any]:
     row = next(rows)
     batch = row.batch
@@ -189,15 +214,17 @@ def _forward_step(
 
     def loss(losses: torch.Tensor, non_loss_data: bool = False) -> Any:
         losses_T = losses.reshape(-1)
-        total, count = masked_sum(losses_T, batch.loss_mask)
+        total, _ = masked_sum(losses_T, batch.loss_mask)
+        count = (batch.loss_mask > 0).sum().to(torch.int32)
         return total, count, report(losses_T.detach(), batch)
 
     return output, loss
 
 
-def _loss_sums(losses_T: torch.Tensor, batch: Batch) -> torch.Tensor:
-    total, count = masked_sum(losses_T, batch.loss_mask)
-    return torch.stack([total.double(), count.double()])
+def _loss_sums(losses_T: torch.Tensor, batch: Batch, weights: _WeightSum) -> torch.Tensor:
+    total, weight = masked_sum(losses_T, batch.loss_mask)
+    weights.total += weight
+    return torch.stack([total.double(), weight])
 
 
 def _nothing(losses_T: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -208,7 +235,7 @@ def _position_report(losses_T: torch.Tensor, batch: Batch, buckets: int, length:
     return position_sums(losses_T, batch.loss_mask, batch.positions, buckets, length).reshape(-1)
 
 
-def _to_row(run: Run, batch: Batch) -> _Row:
+def to_row(run: HasModel, batch: Batch) -> Row:
     """Cut the row to this context rank and lay out what every layer needs to know of it."""
     context = run.groups.context
     if context.size > 1:
@@ -220,13 +247,13 @@ def _to_row(run: Run, batch: Batch) -> _Row:
         sequence=SequenceInfo(batch.cu_seqlens, q_positions=batch.q_positions),
         rotary=rotary_table(batch.positions, run.frequencies),
     )
-    return _Row(batch, params)
+    return Row(batch, params)
 
 
-def _prepare_schedule(run: Run) -> None:
+def _prepare_schedule(run: Run, weights: _WeightSum) -> None:
     """Tell megatron-core's schedules how to scale, overlap and finish gradients; cheap, and idempotent."""
     config = get_model_config(run.chunks[0])
-    config.finalize_model_grads_func = finalize_model_grads
+    config.finalize_model_grads_func = weights.finalize
     config.grad_scale_func = run.optimizer.scale_loss
     if run.config.parallel.overlap_grad_reduce:
         single = len(run.chunks) == 1

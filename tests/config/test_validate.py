@@ -93,6 +93,26 @@ def test_every_recipe_is_valid_at_its_smallest_size_and_at_four_times_that(recip
         (["checkpoint.keep_last=0"], 1, "checkpoint.keep_last", "at least 1"),
         (["checkpoint.load_weights_only=true"], 1, "checkpoint.load_weights_only", "checkpoint.load"),
         (["wandb.mode=shout"], 1, "wandb.mode", "offline"),
+        (["sft.packing=none"], 1, "sft.packing", "sft.path"),
+        (["sft.path=x"], 1, "data.path", "sft.path='x'"),
+        (["data.path=null", "sft.path=x", "data.blend={a: 1}"], 1, "data.blend", "drop one"),
+        (["data.path=null", "sft.path=x"], 1, "sft.tokenizer", "pretrained folder"),
+        (["data.path=null", "sft.path=x", "sft.tokenizer=t", "data.mode=concatenated"], 1, "data.mode", "packed"),
+        (["sft.overlong=cut"], 1, "sft.overlong", "truncate"),
+        (["sft.packing=tight"], 1, "sft.packing", "first_fit_decreasing"),
+        (["sft.loss_weighting=row"], 1, "sft.loss_weighting", "document"),
+        (
+            ["data.path=null", "sft.path=x", "sft.tokenizer=t", "sft.valid_fraction=1"],
+            1,
+            "sft.valid_fraction",
+            "0 and 1",
+        ),
+        (
+            ["data.path=null", "sft.path=x", "sft.tokenizer=t", "sft.valid_fraction=0.1", "sft.valid_path=y"],
+            1,
+            "sft.valid_fraction",
+            "drop one",
+        ),
     ],
 )
 def test_refusals(overrides, world_size, key, remedy):

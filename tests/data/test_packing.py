@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 
 from moba_train.context_parallel.layout import contiguous, zigzag
-from moba_train.data.packing import pack_row
+from moba_train.data.packing import pack_documents, pack_row
 
 EOD = 0
 # Many end tokens: empty documents, documents of one token, ends at both edges of the row.
@@ -98,3 +98,27 @@ def test_to_leaves_bounds_on_the_host() -> None:
     moved = pack_row(torch.arange(9), EOD, "packed").shard(zigzag(8, 2), 1).to("meta")
     assert {getattr(moved, n).device.type for n in ("tokens", "labels", "loss_mask", "positions")} == {"meta"}
     assert {moved.cu_seqlens.device.type, moved.q_positions.device.type} == {"cpu"}
+
+
+def test_documents_are_kept_apart_and_end_with_a_label() -> None:
+    documents = [
+        (torch.tensor([7, 8, 9]), torch.tensor([0.0, 0.5, 0.25])),
+        (torch.tensor([7, 6]), torch.tensor([1.0, 1.0])),
+    ]
+    batch = pack_documents(documents, 6)
+    assert batch.tokens.tolist() == [7, 8, 7, 0, 0, 0]
+    assert batch.labels.tolist() == [8, 9, 6, 0, 0, 0]
+    assert batch.loss_mask.tolist() == [0.5, 0.25, 1.0, 0.0, 0.0, 0.0]
+    assert batch.positions.tolist() == [0, 1, 0, 0, 1, 2]
+    assert batch.cu_seqlens.tolist() == [0, 2, 3, 6]
+    assert batch.cu_seqlens.dtype == torch.int32
+    full = pack_documents(documents, 3)
+    assert full.cu_seqlens.tolist() == [0, 2, 3]
+    empty = pack_documents([], 4)
+    assert (empty.cu_seqlens.tolist(), empty.loss_mask.tolist()) == ([0, 4], [0.0] * 4)
+
+
+@pytest.mark.parametrize("sizes, length", [([4, 4], 5), ([1], 5), ([0], 5)])
+def test_documents_that_do_not_fit_are_refused(sizes: list[int], length: int) -> None:
+    with pytest.raises(ValueError, match="do not fit"):
+        pack_documents([(torch.zeros(n, dtype=torch.int64), torch.zeros(n)) for n in sizes], length)

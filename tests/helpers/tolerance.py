@@ -13,10 +13,19 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["GRAD_NORM_RTOL", "LOSS_RTOL", "TOLERANCE", "assert_close", "assert_gradients", "assert_low_precision"]
+__all__ = [
+    "GRAD_NORM_RTOL",
+    "INDEPENDENCE_RTOL",
+    "LOSS_RTOL",
+    "TOLERANCE",
+    "assert_close",
+    "assert_gradients",
+    "assert_low_precision",
+]
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 LOSS_RTOL, GRAD_NORM_RTOL = 1e-5, 1e-4  # of a training curve in fp32 in another parallel layout
+INDEPENDENCE_RTOL = 1e-6  # of one step's loss and gradient (as a vector) in fp32, packed or split otherwise
 _FACTOR = {"output": 2.0, "gradient": 3.0}
 
 

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from moba_train.config.schema import ConfigError
-from moba_train.train import checkpoint
+from moba_train.train import checkpoint_folder
 from tests.helpers.spawn import run_distributed
 from tests.helpers.tolerance import GRAD_NORM_RTOL, LOSS_RTOL
 from tests.helpers.training import corpus, losses, small_config
@@ -155,8 +155,8 @@ class TestDamage:
         return small_config(data, copy.parent.parent, *overrides)
 
     def test_an_intact_one_passes_and_remembers(self, data, copy):
-        checkpoint.check(self.config(data, copy))
-        metadata = checkpoint.read_metadata(copy)
+        checkpoint_folder.check(self.config(data, copy))
+        metadata = checkpoint_folder.read_metadata(copy)
         assert metadata.step == STOP
         assert metadata.data == {"consumed_samples": STOP * 4}
         assert [layer["kind"] for layer in metadata.plan] == ["moba", "full", "moba", "full"]
@@ -166,17 +166,17 @@ class TestDamage:
         victim = max(copy.glob("*.distcp"), key=lambda file: file.stat().st_size)
         victim.write_bytes(victim.read_bytes()[:-1])
         with pytest.raises(ConfigError, match=victim.name):
-            checkpoint.check(self.config(data, copy))
+            checkpoint_folder.check(self.config(data, copy))
 
     def test_a_missing_file_is_named(self, data, copy):
         (copy / "common.pt").unlink()
         with pytest.raises(ConfigError, match=r"common\.pt"):
-            checkpoint.check(self.config(data, copy))
+            checkpoint_folder.check(self.config(data, copy))
 
     def test_broken_metadata_is_named(self, data, copy):
         (copy / "moba_train.json").write_text("{")
         with pytest.raises(ConfigError, match=r"moba_train\.json"):
-            checkpoint.check(self.config(data, copy))
+            checkpoint_folder.check(self.config(data, copy))
 
     def test_an_altered_byte_is_found_by_checksum(self, data, copy):
         victim = max(copy.glob("*.distcp"), key=lambda file: file.stat().st_size)
@@ -188,17 +188,17 @@ class TestDamage:
 
     def test_another_model_shape_is_refused_by_key(self, data, copy):
         with pytest.raises(ConfigError) as caught:
-            checkpoint.check(self.config(data, copy, "model.ffn_hidden_size=128"))
+            checkpoint_folder.check(self.config(data, copy, "model.ffn_hidden_size=128"))
         assert caught.value.key == "model.ffn_hidden_size"
 
     def test_a_folder_without_checkpoint_is_refused(self, data, tmp_path):
         with pytest.raises(ConfigError, match="no checkpoint there"):
-            checkpoint.check(small_config(data, tmp_path, f"checkpoint.load={tmp_path}"))
+            checkpoint_folder.check(small_config(data, tmp_path, f"checkpoint.load={tmp_path}"))
 
     def test_a_marker_that_points_nowhere_is_named(self, data, copy):
         (copy.parent / "latest").write_text("step_00000099")
         with pytest.raises(ConfigError, match="step_00000099"):
-            checkpoint.check(self.config(data, copy))
+            checkpoint_folder.check(self.config(data, copy))
 
 
 def _load_damaged(rank, world_size, config):
@@ -234,9 +234,9 @@ def test_a_run_started_over_keeps_the_checkpoint_it_just_wrote(root, data):
 @pytest.mark.parametrize("override", ["train.global_batch_size=8", "parallel.distributed_optimizer=false"])
 def test_what_the_optimizer_and_data_position_depend_on_may_not_change(root, data, one_process, override):
     with pytest.raises(ConfigError) as caught:
-        checkpoint.check(small_config(data, root / "one", override))
+        checkpoint_folder.check(small_config(data, root / "one", override))
     assert caught.value.key == override.partition("=")[0]
-    checkpoint.check(
+    checkpoint_folder.check(
         small_config(
             data, root / "new", f"checkpoint.load={root / 'one'}", "checkpoint.load_weights_only=true", override
         )
@@ -247,14 +247,14 @@ def test_what_the_optimizer_and_data_position_depend_on_may_not_change(root, dat
 def test_key_convolutions_are_neither_dropped_nor_begun_by_accident(root, data, one_process, start, width):
     load = [f"checkpoint.load={root / start}", f"attention.key_conv={width}"]
     with pytest.raises(ConfigError) as caught:
-        checkpoint.check(small_config(data, root / "new", *load))
+        checkpoint_folder.check(small_config(data, root / "new", *load))
     assert caught.value.key == "attention.key_conv"
     weights_only = small_config(data, root / "new", *load, "checkpoint.load_weights_only=true")
     if start == "one":
-        checkpoint.check(weights_only)
+        checkpoint_folder.check(weights_only)
     else:
         with pytest.raises(ConfigError, match="trained with 3"):
-            checkpoint.check(weights_only)
+            checkpoint_folder.check(weights_only)
 
 
 def test_a_checkpoint_without_key_convolutions_starts_them_as_the_identity(elsewhere):

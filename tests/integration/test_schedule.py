@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moba_train.model.layer_plan import layer_plan
-from moba_train.train import checkpoint
+from moba_train.train import checkpoint_folder
 from moba_train.train.flops import training_flops
 from moba_train.train.metrics import read_metrics
 from tests.helpers.spawn import run_distributed
@@ -156,8 +156,8 @@ def test_resume_at_the_switch_and_within_a_phase_is_exact(found, stop):
 
 
 def test_the_checkpoint_records_schedule_and_plan(found, root):
-    before = checkpoint.read_metadata(checkpoint._latest(root / "parts" / "checkpoints"))
-    within = checkpoint.read_metadata(checkpoint._latest(root / "within" / "checkpoints"))
+    before = checkpoint_folder.read_metadata(checkpoint_folder.latest_checkpoint(root / "parts" / "checkpoints"))
+    within = checkpoint_folder.read_metadata(checkpoint_folder.latest_checkpoint(root / "within" / "checkpoints"))
     assert {layer["kind"] for layer in before.plan} == {"moba"}
     assert {layer["kind"] for layer in within.plan} == {"full"}
     assert [(p["step"], p["pattern"]) for p in within.config["attention"]["schedule"]] == [(SWITCH, "full")]

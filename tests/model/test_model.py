@@ -38,6 +38,7 @@ VARIANTS = {
     "tied": MODEL,
     "untied": dataclasses.replace(MODEL, tie_embeddings=False),
     "qk_norm": dataclasses.replace(MODEL, qk_norm=True),
+    "qkv_bias": dataclasses.replace(MODEL, qkv_bias=True),
 }
 
 

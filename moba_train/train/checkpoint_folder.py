@@ -1,0 +1,238 @@
+"""Checkpoint folders without their tensors: what is in one, which one a run starts from, and what is refused before.
+
+    run.dir/checkpoints/step_00000100/   sharded weights, optimizer, schedule, random state; moba_train.json beside them
+    run.dir/checkpoints/latest           name of the newest complete checkpoint, written last and atomically
+
+moba_train.json holds the resolved configuration, the layer plan, the step and the data position, and a manifest (size
+and CRC-32 of every file), so that a truncated or altered file is named before anything is loaded from it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from moba_train.config.schema import ConfigError, ModelConfig, RunConfig, to_dict
+from moba_train.train.files import checksum, write_durably
+
+__all__ = [
+    "MODEL_SHAPE",
+    "CheckpointError",
+    "Metadata",
+    "check",
+    "check_files",
+    "complete_checkpoints",
+    "corrupt",
+    "find_start",
+    "key_conv_width",
+    "latest_checkpoint",
+    "loads_weights_only",
+    "locate",
+    "manifest_of",
+    "point_latest",
+    "read_metadata",
+    "write_metadata",
+]
+
+_METADATA = "moba_train.json"
+# What must be equal for a checkpoint's weights to fit; rope, init and implementation may change.
+MODEL_SHAPE = [
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "qk_norm",
+    "qkv_bias",
+    "tie_embeddings",
+]
+
+# What optimizer state and data position depend on: it stays, or the weights alone are loaded.
+_POSITION = {
+    "parallel": ("distributed_optimizer",),
+    "train": ("global_batch_size", "sequence_length", "freeze"),
+    "data": ("mode",),
+    "sft": ("packing", "overlong", "last_turn_only", "valid_fraction"),
+}
+_DEFAULTS = to_dict(RunConfig())
+
+
+class CheckpointError(ConfigError):
+    """A checkpoint that cannot be read: which file, and where else to start from."""
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What moba_train.json says. manifest: file name -> [size in bytes, CRC-32]."""
+
+    step: int
+    tokens: int
+    data: dict[str, Any]
+    config: dict[str, Any]
+    plan: list[dict[str, Any]]
+    world_size: int
+    manifest: dict[str, list[int]]
+    rope: str = ""  # the effective base and scale, as the log says them
+    weights_only: bool = False  # no optimizer, schedule or data position: a converted checkpoint
+
+
+def find_start(config: RunConfig) -> Path | None:
+    """The checkpoint this run starts from: its own latest when resuming, else `checkpoint.load`, else none."""
+    if config.checkpoint.resume and config.run.dir is not None:
+        own = latest_checkpoint(Path(config.run.dir) / "checkpoints")
+        if own is not None:
+            return own
+    if config.checkpoint.load is None:
+        return None
+    return locate(Path(config.checkpoint.load), "checkpoint.load")
+
+
+def locate(path: Path, key: str) -> Path:
+    """The step folder that `path` means: itself, or the latest of a run or checkpoints folder; else ConfigError."""
+    for folder in (path / "checkpoints", path):
+        if (found := latest_checkpoint(folder)) is not None:
+            return found
+    if (path / _METADATA).is_file():
+        return path
+    raise ConfigError(
+        key, str(path), "no checkpoint there; give a run folder, its checkpoints folder, or one step folder"
+    )
+
+
+def latest_checkpoint(root: Path) -> Path | None:
+    """The step folder that `latest` in a checkpoints folder names; None without one, CheckpointError if it is gone."""
+    marker = root / "latest"
+    if not marker.is_file():
+        return None
+    path = root / marker.read_text().strip()
+    if not path.is_dir():
+        raise corrupt(path, "the folder that `latest` names is missing")
+    return path
+
+
+def complete_checkpoints(root: Path) -> list[Path]:
+    """The complete checkpoints of a checkpoints folder, oldest first."""
+    return sorted(path for path in root.glob("step_*") if path.suffix != ".partial")
+
+
+def check(config: RunConfig) -> None:
+    """Refuse a start that cannot work, without a process group: unreadable, truncated, or of another model shape."""
+    path = find_start(config)
+    if path is None:
+        return
+    metadata = read_metadata(path)
+    check_files(path, metadata)
+    _check_position(config, path, metadata)
+    _check_key_conv(config, path, metadata)
+    for key in MODEL_SHAPE:
+        # A checkpoint from before a key existed has its default.
+        theirs = metadata.config["model"].get(key, getattr(ModelConfig, key))
+        ours = getattr(config.model, key)
+        if theirs != ours:
+            raise ConfigError(
+                f"model.{key}",
+                ours,
+                f"the checkpoint {path} has {theirs}; choose the same model, or another checkpoint",
+            )
+
+
+def check_files(path: Path, metadata: Metadata, contents: bool = False) -> None:
+    """CheckpointError for the first file that is missing or of another size; with `contents`, of another checksum."""
+    for name, saved in metadata.manifest.items():
+        file = path / name
+        if not file.is_file() or file.stat().st_size != saved[0]:
+            found = f"{file.stat().st_size} bytes" if file.is_file() else "missing"
+            raise corrupt(path, f"{name} should have {saved[0]} bytes and is {found}")
+        if contents and checksum(file) != saved:
+            raise corrupt(path, f"{name} is not the file that was saved (its checksum differs)")
+
+
+def read_metadata(path: Path) -> Metadata:
+    """moba_train.json of a checkpoint folder; CheckpointError when it is missing or damaged."""
+    try:
+        return Metadata(**json.loads((path / _METADATA).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise corrupt(path, f"{_METADATA}: {error}") from None
+
+
+def write_metadata(folder: Path, metadata: Metadata) -> None:
+    """Write moba_train.json of a checkpoint folder, whole or not at all."""
+    write_durably(folder / _METADATA, json.dumps(asdict(metadata), indent=1))
+
+
+def manifest_of(folder: Path) -> dict[str, list[int]]:
+    """[size, CRC-32] of every file in `folder`."""
+    return {file.name: checksum(file) for file in sorted(folder.iterdir())}
+
+
+def point_latest(folder: Path) -> None:
+    """Make the step folder the latest of its checkpoints folder."""
+    write_durably(folder.parent / "latest", folder.name)
+
+
+def loads_weights_only(config: RunConfig, path: Path) -> bool:
+    """Whether the run takes only the weights of `path`: never of a checkpoint of its own."""
+    return config.checkpoint.load_weights_only and not _is_own(config, path)
+
+
+def key_conv_width(metadata: Metadata) -> int:
+    """Width of the key convolution that a checkpoint was trained with; 0: none."""
+    return metadata.config["attention"].get("key_conv", 0)
+
+
+def corrupt(path: Path, what: str) -> CheckpointError:
+    """The error for a damaged checkpoint, naming another one to start from."""
+    others = [other.name for other in complete_checkpoints(path.parent) if other != path]
+    instead = (
+        f"start from another: checkpoint.resume=false checkpoint.load={path.parent / others[-1]}"
+        if others
+        else "there is no other one beside it"
+    )
+    return CheckpointError("checkpoint", str(path), f"corrupt: {what}; {instead}")
+
+
+def _check_position(config: RunConfig, path: Path, metadata: Metadata) -> None:
+    """A full load takes over optimizer and data position: what they depend on must be the checkpoint's."""
+    if metadata.weights_only and (_is_own(config, path) or not config.checkpoint.load_weights_only):
+        what = f"{path} was converted and holds weights alone: "
+        raise ConfigError(
+            "checkpoint.load_weights_only", False, what + "set it to true, with checkpoint.load, in another run.dir"
+        )
+    if loads_weights_only(config, path):
+        return
+    fresh = "use it, or start from the weights alone: checkpoint.load_weights_only=true with checkpoint.load"
+    theirs, ours = ({**_DEFAULTS, **values} for values in (metadata.config, to_dict(config)))
+    if (theirs["sft"]["path"] is None) != (ours["sft"]["path"] is None):
+        what = "on chat rows" if ours["sft"]["path"] is None else "on plain text"
+        raise ConfigError("sft.path", ours["sft"]["path"], f"the checkpoint {path} was trained {what}; {fresh}")
+    if not _is_own(config, path) and metadata.step >= config.train.steps:
+        more = f"the checkpoint {path} is at step {metadata.step} already; ask for more steps"
+        raise ConfigError("train.steps", config.train.steps, more)
+    for section, names in _POSITION.items():
+        for name in names:
+            # JSON knows lists only, and older checkpoints lack newer keys.
+            was, now = (values[section].get(name, _DEFAULTS[section][name]) for values in (theirs, ours))
+            was, now = (list(value) if isinstance(value, tuple) else value for value in (was, now))
+            if was != now:
+                raise ConfigError(f"{section}.{name}", now, f"the checkpoint {path} was trained with {was}; {fresh}")
+
+
+def _check_key_conv(config: RunConfig, path: Path, metadata: Metadata) -> None:
+    """Learned convolutions are never dropped; missing ones start as the identity, with a fresh optimizer."""
+    theirs, ours = key_conv_width(metadata), config.attention.key_conv
+    if theirs not in (0, ours):
+        raise ConfigError("attention.key_conv", ours, f"the checkpoint {path} was trained with {theirs}; use it")
+    if theirs != ours and not loads_weights_only(config, path):
+        remedy = (
+            f"the checkpoint {path} has none; begin with its weights, the convolution as identity, in a new run: "
+            "checkpoint.load_weights_only=true with checkpoint.load"
+        )
+        raise ConfigError("attention.key_conv", ours, remedy)
+
+
+def _is_own(config: RunConfig, path: Path) -> bool:
+    return config.run.dir is not None and path.is_relative_to(Path(config.run.dir))

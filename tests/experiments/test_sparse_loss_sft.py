@@ -1,0 +1,143 @@
+"""The questions are right, by a second reading of the source; the experiment's reading of its runs."""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments.sparse_loss_sft import build
+from experiments.sparse_loss_sft.run import Arm, draw, gap_closed, mean_losses, write_page
+
+SOURCE = '''
+LIMIT = 0x10
+NAMES = ["a", "b"]
+twice = 1
+twice = 2
+
+class Base: pass
+
+class Child(Base):
+    def size(self, unit="KB", *, exact=False):
+        """Docs."""
+        return self._size
+
+def pick(a, b=None, c=1.50):
+    if a:
+        return b
+    return c
+
+def nothing(x=(1, 2)):
+    def inner():
+        return 7
+    return
+
+def size_of(x):
+    return len(x) + len("a text that is much too long to be an answer")
+'''
+
+
+def test_every_question_has_one_right_answer_in_the_sources_own_words() -> None:
+    assert {question.text: question.answer for question in build.questions(SOURCE)} == {
+        "What is the value of LIMIT?": "0x10",
+        "What is the value of NAMES?": '["a", "b"]',
+        "Which class is the base of class Child?": "Base",
+        "What is the default of argument unit of function size?": '"KB"',
+        "What is the default of argument exact of function size?": "False",
+        "What does function size return?": "self._size",
+        "What is the default of argument b of function pick?": "None",
+        "What is the default of argument c of function pick?": "1.50",
+        "What is the default of argument x of function nothing?": "(1, 2)",
+        "What does function inner return?": "7",
+    }
+
+
+def test_rows_of_real_sources_are_about_their_document_and_nearly_free_of_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = Path(json.__file__).parent.parent
+    sources = [str(library / name) for name in ("argparse.py", "calendar.py", "textwrap.py", "heapq.py", "shlex.py")]
+    command = ["build.py", "--output", str(tmp_path), "--valid-fraction", "0.3", "--input", *sources]
+    monkeypatch.setattr(sys, "argv", command)
+    assert build.main() == 0
+    files = {split: (tmp_path / f"{split}.jsonl").read_text() for split in ("train", "valid")}
+    rows = {split: [json.loads(line) for line in text.splitlines()] for split, text in files.items()}
+    assert not {row["document"] for row in rows["train"]} & {row["document"] for row in rows["valid"]}
+    texts = [Path(source).read_text() for source in sources]
+    characters = answered = 0
+    for row in (*rows["train"], *rows["valid"]):
+        messages = row["messages"]
+        source, _, first = messages[0]["content"].rpartition("\n\n")
+        assert any(source in text for text in texts)
+        assert 1200 <= len(source) <= 2400
+        questions = [first, *(message["content"] for message in messages[2::2])]
+        for question, answer in zip(questions, messages[1::2], strict=True):
+            assert answer["role"] == "assistant"
+            check(source, question, answer["content"])
+            answered += len(answer["content"])
+        characters += sum(len(message["content"]) for message in messages)
+    assert 0.003 < answered / characters < 0.015
+    assert build.main() == 0
+    assert {split: (tmp_path / f"{split}.jsonl").read_text() for split in files} == files
+
+
+def check(source: str, question: str, answer: str) -> None:
+    """`answer` stands in the source, and evaluates to the same tree as what the question asks for."""
+    assert answer in source
+    assert "\n" not in answer
+    ast.parse(answer, mode="eval")
+    if match := re.match(r"What is the default of argument (\w+) of function (\w+)\?", question):
+        assert re.search(rf"def {match[2]}\b", source)
+        assert re.search(rf"\b{match[1]}\b.*=\s*{re.escape(answer)}", source)
+    elif match := re.match(r"What does function (\w+) return\?", question):
+        assert re.search(rf"def {match[1]}\b", source)
+        assert f"return {answer}" in source or f"return ({answer}" in source
+    elif match := re.match(r"Which class is the base of class (\w+)\?", question):
+        assert f"class {match[1]}({answer})" in source
+    else:
+        (name,) = re.match(r"What is the value of (\w+)\?", question).groups()
+        assert re.search(rf"^{name} *= *\(?{re.escape(answer)}", source, re.MULTILINE)
+
+
+def test_sources_without_questions_are_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "empty.py").write_text("x\n")
+    monkeypatch.setattr(sys, "argv", ["build.py", "--output", str(tmp_path / "o"), "--input", str(tmp_path)])
+    assert build.main() == 2
+    assert "no train row" in capsys.readouterr().err
+
+
+def arms(*losses: float, density: bool = False) -> list[Arm]:
+    layers = [0, 1, 2, 4]
+    shares = {n: [0.1 * n + 0.1] * 4 if density else None for n in layers}
+    return [Arm(n, 0, loss, [(1, 3.0), (2, loss)], shares[n]) for n, loss in zip(layers, losses, strict=True)]
+
+
+def test_the_page_says_what_was_found(tmp_path: Path) -> None:
+    good = arms(2.0, 1.9, 1.05, 1.0, density=True)
+    losses = mean_losses(good)
+    assert gap_closed(losses, 2) == pytest.approx(0.95)
+    page = write_page(good, 4, "how")
+    assert page.count("| met |") == 2
+    assert "| 2 | 1.0500 |  | 0.95 | 0.300 |" in page
+    assert "| 4 | 0.500 | 0.500 | 0.500 | 0.500 |" in page
+    bad = write_page(arms(2.0, 2.1, 1.5, 1.0), 4, "how")
+    assert bad.count("| not met |") == 2
+    assert "density" not in bad
+    assert "nan" in write_page(arms(1.0, 1.0, 1.0, 1.0), 4, "how")
+    draw(good, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 1000
+
+
+def test_seeds_are_averaged() -> None:
+    pair = [*arms(2.0, 1.9, 1.1, 1.0), *arms(2.2, 1.9, 1.1, 1.0)]
+    mean, error = mean_losses(pair)[0]
+    assert mean == pytest.approx(2.1)
+    assert error == pytest.approx(0.1)
+    assert math.isnan(mean_losses(arms(2.0, 1.9, 1.1, 1.0))[0][1])
