@@ -64,7 +64,7 @@ def _autograd_counts(run):
     """Over this rank's validation rows: per layer and key head, how many values have a non-zero gradient."""
     from moba_train.model.core_attention import CoreAttention
     from moba_train.train.observe import sample_rows
-    from moba_train.train.step import _to_row
+    from moba_train.train.step import to_row
 
     values = {}
     layers = [module for module in run.chunks[0].modules() if isinstance(module, CoreAttention)]
@@ -80,7 +80,7 @@ def _autograd_counts(run):
     counts = 0
     inner = run.chunks[0].module  # not through data parallelism, which would add up gradients
     for (batch,) in sample_rows(run, run.data.valid, 4):
-        params = _to_row(run, batch).params
+        params = to_row(run, batch).params
         losses = inner(
             batch.tokens[None], batch.positions[None], None, labels=batch.labels[None], packed_seq_params=params
         )
