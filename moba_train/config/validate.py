@@ -258,6 +258,13 @@ def _check_dense_layers(config: RunConfig) -> None:
     _require(
         config, "attention.dense_target", target is None or last == "auto", "needs attention.dense_last_layers=auto"
     )
+    overridden = attention.overrides or any(phase.overrides for phase in attention.schedule)
+    _require(
+        config,
+        "attention.dense_last_layers",
+        last != "auto" or not overridden,
+        "attention.overrides name MoBA layers, and auto may make these full: give a number, or no overrides",
+    )
     metrics = config.metrics
     _require(
         config,

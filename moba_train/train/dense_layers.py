@@ -4,7 +4,8 @@ Once, before the first step: rows of the training data give the density of the l
 the picks, and from them follows the gradient density of every plan with more dense last layers (the layers below them
 see the same inputs, so one look serves all). The smallest number is chosen whose direct density, meaned over layers, is
 at least `attention.dense_target` of what full attention in every layer would have. Why the direct one, and what both
-are: gradient_density.py. With a loss on every token each layer is as dense as it can be, and the answer is 0.
+are: gradient_density.py. With a loss on every token each layer is as dense as it can be, and the answer is 0. Under a
+schedule every phase that does not set the number itself is measured, with the model as it is now; the most wins.
 
 The number stands in the run's configuration from then on, so in its checkpoints: a resumed run takes it from there.
 """
@@ -13,74 +14,71 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 
 import torch.distributed as dist
 
-from moba_train.config.schema import RunConfig
-from moba_train.model.layer_plan import LayerAttention, LayerKind, layer_plan
-from moba_train.train.checkpoint_folder import find_start, read_metadata
+from moba_train.model.layer_plan import LayerKind, Plan, describe, plan_phases
 from moba_train.train.gradient_density import GradientDensity, density_of
-from moba_train.train.observe import observe, sample_rows
+from moba_train.train.observe import ObservedRow, observe, sample_rows
 from moba_train.train.setup import Run
 
-__all__ = ["DEFAULT_TARGET", "resolve_dense_layers"]
+__all__ = ["resolve_dense_layers"]
 
 _LOG = logging.getLogger(__name__)
 _SAMPLED_ROWS = 16
 # A judgement: in the MoBA report (arXiv 2502.13189, layer-wise hybrid) SFT loss goes on falling up to many full layers.
-DEFAULT_TARGET = 0.5
+_DEFAULT_TARGET = 0.5
 
 
 def resolve_dense_layers(run: Run) -> None:
     """Put a number in the place of `auto` in `run.config`; all ranks call it, between setup and the first step."""
-    config = run.config
-    if config.attention.dense_last_layers != "auto":
+    if run.config.attention.dense_last_layers != "auto":
         return
-    start = find_start(config)
-    if start is not None and start.is_relative_to(run.folder):
-        number = read_metadata(start).config["attention"]["dense_last_layers"]
-        _LOG.info("dense_last_layers=auto: %d, as chosen when this run began", number)
-    else:
-        number = _choose(run)
-    told = [number]
+    by_number = [_plans(run, number) for number in range(run.config.model.num_layers + 1)]
+    # Per phase its plans by number; phases that `auto` cannot change have nothing to say.
+    phases = [plans for plans in dict.fromkeys(zip(*by_number, strict=True)) if plans[0] != plans[-1]]
+    if not phases:
+        _LOG.info("attention.dense_last_layers=auto: no layer is left to make full; 0")
+    told = [max((_choose(run, plans) for plans in phases), default=0)]
     dist.broadcast_object_list(told)
-    run.config = config.with_dense_last_layers(told[0])
+    run.config = run.config.with_dense_last_layers(told[0])
 
 
-def _choose(run: Run) -> int:
-    config = run.config
-    layers = config.model.num_layers
-    target = DEFAULT_TARGET if config.attention.dense_target is None else config.attention.dense_target
-    base = _plan(config, 0, run.step)
-    rows = [row for rows in sample_rows(run, run.data.train, _SAMPLED_ROWS) for row in observe(run, base, rows)]
-    everything = density_of(run, rows, tuple(dataclasses.replace(layer, kind=LayerKind.FULL) for layer in base))
-    if not everything.loss:
-        _LOG.info("dense_last_layers=auto: no label of the sampled rows carries loss; chose 0")
-        return 0
+def _plans(run: Run, number: int) -> list[Plan]:
+    """The plan of every phase with that many dense last layers."""
+    attention = run.config.with_dense_last_layers(number).attention
+    return [plan for _, plan in plan_phases(attention, run.config.model.num_layers)]
+
+
+def _choose(run: Run, plans: Sequence[Plan]) -> int:
+    """The smallest index into `plans`, which differ in their dense last layers, with enough density; says why."""
+    target = run.config.attention.dense_target or _DEFAULT_TARGET
+    rows = _look(run, plans[0])
+    everything = density_of(run, rows, tuple(dataclasses.replace(layer, kind=LayerKind.FULL) for layer in plans[0]))
     tried: list[GradientDensity] = []
-    for number in range(layers + 1):
-        tried.append(density_of(run, rows, _plan(config, number, run.step)))
+    for plan in plans:
+        tried.append(density_of(run, rows, plan))
         if tried[-1].mean_direct >= target * everything.mean_direct:
             break
-    _tell(tried, everything, target, len(rows) * run.groups.data.size)
+    _tell(plans[0], tried, everything, target, len(rows) * run.groups.data.size)
     return len(tried) - 1
 
 
-def _plan(config: RunConfig, number: int, step: int) -> tuple[LayerAttention, ...]:
-    attention = dataclasses.replace(config.attention, dense_last_layers=number)
-    return layer_plan(attention, config.model.num_layers, step)
+def _look(run: Run, plan: Plan) -> list[ObservedRow]:
+    return [row for rows in sample_rows(run, run.data.train, _SAMPLED_ROWS) for row in observe(run, plan, rows)]
 
 
-def _tell(tried: list[GradientDensity], everything: GradientDensity, target: float, rows: int) -> None:
+def _tell(base: Plan, tried: list[GradientDensity], everything: GradientDensity, target: float, rows: int) -> None:
     lines = [
-        f"dense_last_layers=auto: {everything.loss:.2%} of the labels of {rows} rows carry loss. Share of (position, "
-        "key head) pairs with a gradient, mean over layers:",
+        f"attention.dense_last_layers=auto on {describe(base)}: {everything.loss:.2%} of the labels of {rows} rows "
+        "carry loss. Share of (position, key head) pairs with a gradient, mean over layers:",
         "  dense last layers   from the loss tokens' own queries   through all layers",
     ]
     for name, density in [*enumerate(tried), ("all", everything)]:
         through = sum(density.pairs) / len(density.pairs)
         lines.append(f"  {name!s:>17}   {density.mean_direct:>35.1%}   {through:>18.1%}")
-    reached = tried[-1].mean_direct / everything.mean_direct
+    reached = tried[-1].mean_direct / everything.mean_direct if everything.loss else 1.0
     lines.append(
         f"  chose {len(tried) - 1}: the fewest with {reached:.0%} of full attention's direct density "
         f"(attention.dense_target={target:g})"

@@ -12,6 +12,7 @@ Under sparse attention a loss token's gradient reaches few positions, which make
 
 Every query reaches itself, so one full layer makes all layers below it as dense as they can be: the first measure is
 saturated by any dense last layer, though loss goes on falling with more of them. The second grows with each.
+With a key convolution (attention.key_conv) the rows that it mixes into a reached key join R too.
 "Non-zero" means by structure: a gradient that underflows counts. What a value gets decides (a key that is the only one
 its query sees gets exactly none).
 
@@ -26,6 +27,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import pad
 
 from moba_train.attention import SequenceInfo
 from moba_train.config.schema import ModelConfig
@@ -76,7 +78,8 @@ def density_of(run: Run, observed: list[ObservedRow], plan: tuple[LayerAttention
         loss_S = row.batch.loss_mask.to(run.device) != 0
         rows_2 += torch.stack([loss_S.sum(), loss_S.new_ones(()) * len(loss_S)])
         whole = SequenceInfo(row.batch.cu_seqlens)
-        for layer, reached_AGS in trace(plan, whole, loss_S, _picked_anywhere(row, whole, plan, model, groups)):
+        picked = _picked_anywhere(row, whole, plan, model, groups)
+        for layer, reached_AGS in trace(plan, whole, loss_S, picked, run.config.attention.key_conv):
             reached_AGS = reached_AGS.expand(-1, model.num_key_value_heads, -1)
             through_LG[layer] += reached_AGS[0].sum(-1)
             positions_L[layer] += reached_AGS[0].any(0).sum()
@@ -96,13 +99,13 @@ def density_of(run: Run, observed: list[ObservedRow], plan: tuple[LayerAttention
 
 
 def trace(
-    plan: tuple[LayerAttention, ...], seq: SequenceInfo, loss_S: Tensor, picked: Picked
+    plan: tuple[LayerAttention, ...], seq: SequenceInfo, loss_S: Tensor, picked: Picked, key_conv: int = 0
 ) -> Iterator[tuple[int, Tensor]]:
     """Backward through the layers: (layer, bool [A, G, S]), the rows and key heads whose value has a gradient.
 
     G is 1 in a full layer, where key heads do not differ.
 
-    `seq` has all S rows; `picked` is asked of MoBA layers alone.
+    `seq` has all S rows; `picked` is asked of MoBA layers alone; `key_conv` is the convolution's width.
     """
     sources_AS = torch.stack([loss_S, loss_S])
     for number in reversed(range(len(plan))):
@@ -118,7 +121,18 @@ def trace(
         if moba:
             reached_AGS = reached_AGS | picked(number, sources_AS)[:, :, table.own_T]
         yield number, reached_AGS
-        sources_AS = torch.stack([sources_AS[0] | reached_AGS[0].any(0), loss_S])
+        grown_S = _mixed_in(reached_AGS[0].any(0), seq, key_conv)
+        sources_AS = torch.stack([sources_AS[0] | grown_S, loss_S])
+
+
+def _mixed_in(keys_S: Tensor, seq: SequenceInfo, key_conv: int) -> Tensor:
+    """These rows, and those that a causal convolution of that width mixes into their keys within each document."""
+    rows_S = keys_S
+    document_S = seq.blocks(max(seq.max_document, 1)).on(keys_S.device).own_T
+    for lag in range(1, min(key_conv, len(keys_S))):
+        earlier_S = keys_S[lag:] & (document_S[lag:] == document_S[:-lag])
+        rows_S = rows_S | pad(earlier_S, (0, lag))
+    return rows_S
 
 
 def picked_blocks(picks_THK: Tensor, own_T: Tensor, sources_AT: Tensor, num_key_heads: int, num_blocks: int) -> Tensor:

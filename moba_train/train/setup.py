@@ -6,6 +6,7 @@ Order: preflight (no process group, no GPU), device, process groups, run folder,
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import time
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ from moba_train.train.hf_start import carry_over, check_hf_start, load_hf_start
 from moba_train.train.optimizer import build_optimizer, build_scheduler
 
 __all__ = ["Run", "close", "planned", "preflight", "setup"]
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass
@@ -110,7 +113,7 @@ def setup(config: RunConfig) -> Run:
     groups = mesh.initialize(config.parallel, devices.collective_backend(), device)
     seed_everything(config.train.seed, groups.pipeline.rank)
     folder = _shared_folder(config)
-    config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(folder)))
+    config = _as_begun(dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(folder))), folder)
 
     phase("setup: model")
     chunks = build_model(planned(config), groups, device)
@@ -143,6 +146,18 @@ def setup(config: RunConfig) -> Run:
 def planned(config: RunConfig) -> RunConfig:
     """The configuration before anything was measured: no dense last layers where `auto` will choose them."""
     return config.with_dense_last_layers(0) if config.attention.dense_last_layers == "auto" else config
+
+
+def _as_begun(config: RunConfig, folder: Path) -> RunConfig:
+    """A resumed run keeps the dense last layers that `auto` chose when it began."""
+    if config.attention.dense_last_layers != "auto":
+        return config
+    start = checkpoint_folder.find_start(config)
+    if start is None or not start.is_relative_to(folder):
+        return config
+    number = checkpoint_folder.read_metadata(start).config["attention"]["dense_last_layers"]
+    _LOG.info("attention.dense_last_layers=auto: %d, as when this run began", number)
+    return config.with_dense_last_layers(number)
 
 
 def close() -> None:

@@ -59,6 +59,12 @@ def test_every_recipe_is_valid_at_its_smallest_size_and_at_four_times_that(recip
         (["attention.dense_last_layers=most"], 1, "attention.dense_last_layers", "auto"),
         (["attention.dense_last_layers=auto"], 1, None, ""),
         (["attention.dense_last_layers=auto", "attention.dense_target=1.5"], 1, "attention.dense_target", "(0, 1]"),
+        (
+            ["attention.dense_last_layers=auto", "attention.overrides=[{layers: [0], top_k: 2}]"],
+            1,
+            "attention.dense_last_layers",
+            "attention.overrides",
+        ),
         (["attention.dense_target=0.5"], 1, "attention.dense_target", "dense_last_layers=auto"),
         (["metrics.gate_every=-1"], 1, "metrics.gate_every", "at least 0"),
         (["metrics.gate_every=0", "metrics.gate_per_head=true"], 1, "metrics.gate_per_head", "gate_every"),

@@ -7,6 +7,7 @@ import logging
 import pytest
 import torch
 
+from moba_train.config.schema import AttentionPhase
 from tests.helpers.spawn import run_distributed
 from tests.helpers.tolerance import TOLERANCE
 from tests.helpers.training import corpus, small_config
@@ -103,13 +104,16 @@ def _records(run):
     return found
 
 
-def _auto(run, target=None):
+def _auto(run, target=None, **attention):
     from moba_train.train.dense_layers import resolve_dense_layers
 
-    attention = dataclasses.replace(run.config.attention, dense_last_layers="auto", dense_target=target)
-    run.config = dataclasses.replace(run.config, attention=attention)
+    before = run.config
+    plan = dataclasses.replace(before.attention, dense_last_layers="auto", dense_target=target, **attention)
+    run.config = dataclasses.replace(before, attention=plan)
     resolve_dense_layers(run)
-    return run.config.attention.dense_last_layers
+    number = run.config.attention.dense_last_layers
+    run.config = before.with_dense_last_layers(number)
+    return number
 
 
 def _look(rank, world_size, data, root):
@@ -128,6 +132,8 @@ def _look(rank, world_size, data, root):
     run = _setup(data, root / "initial", "metrics.gate_every=1")
     found = {"records": {ALONE: _records(run)}, "autograd": _autograd_counts(run), "auto": {ALONE: _auto(run)}}
     found["messages"] = [message for message in messages if "dense_last_layers" in message]
+    found["sparse from step 5"] = _auto(run, pattern="full", schedule=(AttentionPhase(step=5, pattern="moba"),))
+    found["full"] = _auto(run, pattern="full")
     found["low target"] = _auto(run, 0.01)
     sparse, run.data = run.data, dataclasses.replace(run.data, train=run.data.train.rows)
     found["every token"] = _auto(run, 1.0)
@@ -139,7 +145,7 @@ def _look(rank, world_size, data, root):
 
     # The same folder again: the number is the checkpoint's, and so are the steps, without a look this time.
     run = _setup(data, root / "initial", "metrics.gate_every=1", "attention.dense_last_layers=auto")
-    found["resumed"] = _auto(run, 0.01)
+    found["resumed"] = run.config.attention.dense_last_layers
     found["not looked"] = [train_step(run, stop_requested=False).loss for _ in range(2)]
     parallel_state.destroy_model_parallel()
 
@@ -205,6 +211,7 @@ def test_auto_chooses_alike_everywhere_and_says_why(found):
     number = found[0]["auto"][ALONE]
     assert {n for rank in found for n in rank["auto"].values()} == {number}
     assert 0 < number < 4
+    assert (found[0]["sparse from step 5"], found[0]["full"]) == (number, 0)
     (message,) = found[0]["messages"]
     assert "0.78% of the labels of 4 rows carry loss" in message
     assert f"chose {number}" in message

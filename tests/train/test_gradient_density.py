@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moba_train.attention import SequenceInfo, full_attention, moba_attention, select_blocks
+from moba_train.attention import SequenceInfo, convolve_keys, full_attention, moba_attention, select_blocks
 from moba_train.model.layer_plan import LayerAttention, LayerKind
 from moba_train.train.gradient_density import picked_blocks, trace
 
@@ -36,7 +36,7 @@ MASKS = {
 }
 
 
-def forward(plan, loss_S, cut):
+def forward(plan, loss_S, cut, key_conv=0):
     """A small residual network in fp64: its loss, the values and the picks of every layer. `cut`: no gradient may pass
     from one position to another through keys and values, so that only the loss tokens' own queries carry any."""
     generator = torch.Generator().manual_seed(3)
@@ -50,6 +50,8 @@ def forward(plan, loss_S, cut):
     for layer in plan:
         q = (hidden @ weight(WIDTH, HEADS * HEAD_DIM)).view(ROWS, HEADS, HEAD_DIM)
         k, v = ((hidden @ weight(WIDTH, KEY_HEADS * HEAD_DIM)).view(ROWS, KEY_HEADS, HEAD_DIM) for _ in "kv")
+        if key_conv:
+            k = convolve_keys(k, weight(KEY_HEADS, HEAD_DIM * key_conv).view(KEY_HEADS, HEAD_DIM, key_conv), seq)
         if cut:
             k, v = k.detach(), v.detach()
         v.requires_grad_() if v.is_leaf else v.retain_grad()
@@ -66,26 +68,30 @@ def forward(plan, loss_S, cut):
     return (hidden @ weight(WIDTH, 1)).squeeze(1)[loss_S].sum(), values, picks
 
 
-def traced(plan, loss_S, picks):
+def traced(plan, loss_S, picks, key_conv=0):
     seq = SequenceInfo(DOCUMENTS)
 
     def picked(layer, sources_AS):
         table = seq.blocks(plan[layer].block_size)
         return picked_blocks(picks[layer], table.own_T, sources_AS, KEY_HEADS, table.num_blocks)
 
-    return {layer: reached.expand(-1, KEY_HEADS, -1) for layer, reached in trace(plan, seq, loss_S, picked)}
+    return {layer: reached.expand(-1, KEY_HEADS, -1) for layer, reached in trace(plan, seq, loss_S, picked, key_conv)}
+
+
+# Not "own block alone": the only key a query sees gets no gradient itself, so the convolution passes none on.
+CASES = [(plan, 0) for plan in PLANS] + [("sparse", 3), ("full last", 2)]
 
 
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("plan", PLANS)
-def test_traced_values_are_those_that_autograd_reaches(plan, mask):
+@pytest.mark.parametrize("plan, key_conv", CASES)
+def test_traced_values_are_those_that_autograd_reaches(plan, key_conv, mask):
     loss_S = torch.zeros(ROWS, dtype=torch.bool)
     loss_S[list(MASKS[mask])] = True
     for measure, cut in enumerate((False, True)):
-        loss, values, picks = forward(PLANS[plan], loss_S, cut)
+        loss, values, picks = forward(PLANS[plan], loss_S, cut, key_conv)
         if loss_S.any():
             loss.backward()
-        reached = traced(PLANS[plan], loss_S, picks)
+        reached = traced(PLANS[plan], loss_S, picks, key_conv)
         assert sorted(reached) == list(range(len(values)))
         for layer, v in enumerate(values):
             grad = torch.zeros_like(v) if v.grad is None else v.grad
