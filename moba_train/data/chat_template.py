@@ -72,6 +72,10 @@ class ChatTokenizer:
             self._tokenizer.chat_template, self.source = BUILT_IN_TEMPLATE, "built-in"
         self._key = ("sft.tokenizer", folder) if template_file is None else ("sft.chat_template", template_file)
 
+    def save(self, folder: Path) -> None:
+        """Write the tokenizer with the template that was used, for whoever talks to the tuned model."""
+        self._tokenizer.save_pretrained(folder)
+
     @cached_property
     def identity(self) -> str:
         """A hash of all that decides what `encode` returns."""
