@@ -13,7 +13,7 @@ from typing import Any
 from moba_train.config.huggingface import check_rope
 from moba_train.config.schema import ConfigError, RunConfig, SftConfig
 
-__all__ = ["data_parallel_size", "min_world_size", "validate"]
+__all__ = ["data_parallel_size", "min_world_size", "padded_vocab_size", "validate"]
 
 _CHOICES = {
     "precision": ("fp32", "bf16", "fp8"),
@@ -49,6 +49,12 @@ _AT_LEAST = {
 def min_world_size(config: RunConfig) -> int:
     """GPUs one copy of the model takes: tensor x pipeline x context."""
     return config.parallel.tensor * config.parallel.pipeline * config.parallel.context
+
+
+def padded_vocab_size(vocab_size: int, tensor: int) -> int:
+    """Rows of the embeddings over all tensor-parallel ranks: rounded up to divide. Nothing is ever computed with the
+    rows past vocab_size, and no checkpoint that is loaded elsewhere need have them."""
+    return -(-vocab_size // tensor) * tensor
 
 
 def data_parallel_size(config: RunConfig, world_size: int) -> int:
@@ -101,7 +107,7 @@ def _check_model(config: RunConfig) -> None:
     )
     _require(config, "model.head_dim", model.head_dim % 2 == 0, "rotary embedding needs an even head dimension")
     check_rope(model)
-    for name in ("num_attention_heads", "num_key_value_heads", "ffn_hidden_size", "vocab_size"):
+    for name in ("num_attention_heads", "num_key_value_heads", "ffn_hidden_size"):
         _require(
             config,
             f"model.{name}",

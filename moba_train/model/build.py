@@ -12,10 +12,11 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moba_train.config.schema import RunConfig
+from moba_train.config.validate import padded_vocab_size
 from moba_train.model.freeze import freeze_parameters
 from moba_train.model.layer_plan import layer_plan
 from moba_train.model.specs import block_spec
-from moba_train.parallel.groups import Groups
+from moba_train.parallel.groups import Axis, Groups
 
 __all__ = ["build_gpt", "build_model", "params_dtype", "transformer_config"]
 
@@ -94,10 +95,11 @@ def build_gpt(
     plan = layer_plan(config.attention, config.model.num_layers)
     virtual = config.parallel.virtual_pipeline
     vp_stage = stage if virtual > 1 else None
-    return GPTModel(
+    vocab_size = config.model.vocab_size
+    model = GPTModel(
         config=transformer,
         transformer_layer_spec=block_spec(config, transformer, plan, groups.pipeline.rank, vp_stage),
-        vocab_size=config.model.vocab_size,
+        vocab_size=padded_vocab_size(vocab_size, config.parallel.tensor),
         max_sequence_length=config.train.sequence_length,
         pre_process=groups.is_first_stage and stage == 0,
         post_process=groups.is_last_stage and stage == virtual - 1,
@@ -105,6 +107,23 @@ def build_gpt(
         position_embedding_type="none",  # CoreAttention rotates from explicit positions
         vp_stage=vp_stage,
     ).to(device)
+    if model.post_process and vocab_size % config.parallel.tensor:
+        model.output_layer.register_forward_hook(_PaddingHidden(vocab_size, groups.tensor))
+    return model
+
+
+class _PaddingHidden:
+    """A forward hook that makes the logits of padding -inf, so that they take no part in a softmax or a choice."""
+
+    def __init__(self, vocab_size: int, tensor: Axis) -> None:
+        self.vocab_size, self.tensor = vocab_size, tensor
+        self.width = padded_vocab_size(vocab_size, tensor.size)
+
+    def __call__(self, module: torch.nn.Module, args: Any, output: tuple[torch.Tensor, Any]) -> None:
+        logits = output[0]
+        gathered = logits.shape[-1] == self.width
+        first = 0 if gathered else self.tensor.rank * logits.shape[-1]
+        logits[..., max(self.vocab_size - first, 0) :] = -torch.inf
 
 
 def build_model(config: RunConfig, groups: Groups, device: torch.device) -> list[DistributedDataParallel]:

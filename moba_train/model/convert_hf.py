@@ -17,6 +17,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 from megatron.core.utils import unwrap_model
 
 from moba_train.config.schema import ModelConfig
+from moba_train.model.key_conv import KEY_CONV_PREFIX
 
 __all__ = ["Rule", "core_shape", "fill_model", "from_core", "hf_shapes", "rules", "to_core"]
 
@@ -139,8 +140,8 @@ def fill_model(chunks: Iterable[torch.nn.Module], model: ModelConfig, read: Read
         apply_factories(state)
         filled = set()
         for shard in nested_values(state):
-            if not isinstance(shard, ShardedTensor):
-                continue  # extra states: of fp8 only, and not weights
+            if not isinstance(shard, ShardedTensor) or KEY_CONV_PREFIX in shard.key:
+                continue  # extra states are fp8's, not weights; a key convolution starts as the identity
             rule = by_key[shard.key]
             layer = shard.global_offset[0] if rule.per_layer else 0
             whole = to_core(rule, model, [read(name) for name in rule.hf_names(layer)])

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from moba_train.config.schema import ConfigError, ModelConfig, RunConfig, to_dict
+from moba_train.config.validate import padded_vocab_size
 from moba_train.train.files import checksum, write_durably
 
 __all__ = [
@@ -128,6 +129,7 @@ def check(config: RunConfig) -> None:
     check_files(path, metadata)
     _check_position(config, path, metadata)
     _check_key_conv(config, path, metadata)
+    _check_padding(config, path, metadata)
     for key in MODEL_SHAPE:
         # A checkpoint from before a key existed has its default.
         theirs = metadata.config["model"].get(key, getattr(ModelConfig, key))
@@ -138,6 +140,15 @@ def check(config: RunConfig) -> None:
                 ours,
                 f"the checkpoint {path} has {theirs}; choose the same model, or another checkpoint",
             )
+
+
+def _check_padding(config: RunConfig, path: Path, metadata: Metadata) -> None:
+    """Optimizer state is stored with the padding of the vocabulary; weights alone load with any."""
+    theirs, ours = metadata.config["parallel"]["tensor"], config.parallel.tensor
+    was, now = (padded_vocab_size(config.model.vocab_size, size) for size in (theirs, ours))
+    if was != now and not loads_weights_only(config, path):
+        what = f"the vocabulary of {config.model.vocab_size} is padded to {now}, and to {was} in the checkpoint {path}"
+        raise ConfigError("parallel.tensor", ours, f"{what}; use {theirs}, or checkpoint.load_weights_only=true")
 
 
 def check_files(path: Path, metadata: Metadata, contents: bool = False) -> None:

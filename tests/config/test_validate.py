@@ -4,7 +4,7 @@ import pytest
 
 from moba_train.config.compose import compose, group_options
 from moba_train.config.schema import ConfigError
-from moba_train.config.validate import data_parallel_size, min_world_size, validate
+from moba_train.config.validate import data_parallel_size, min_world_size, padded_vocab_size, validate
 
 
 @pytest.mark.parametrize("recipe", group_options("recipe"))
@@ -24,7 +24,6 @@ def test_every_recipe_is_valid_at_its_smallest_size_and_at_four_times_that(recip
         (["model.transformer_impl=transformer_engine"], 1, "model.transformer_impl", "gpu"),
         (["parallel.tensor=3"], 3, "model.num_attention_heads", "parallel.tensor=3"),
         (["parallel.tensor=4"], 4, "model.num_key_value_heads", "parallel.tensor=4"),
-        (["model.vocab_size=4097", "parallel.tensor=2"], 2, "model.vocab_size", "parallel.tensor=2"),
         (["model.num_key_value_heads=3"], 1, "model.num_attention_heads", "num_key_value_heads"),
         (["model.head_dim=33"], 1, "model.head_dim", "even"),
         (["train.sequence_length=1022", "parallel.context=2"], 2, "train.sequence_length", "1024"),
@@ -145,3 +144,9 @@ def test_what_is_left_of_the_world_is_data_parallel():
     config = compose(["recipe=128k"])
     assert min_world_size(config) == 16
     assert data_parallel_size(config, 64) == 4
+
+
+def test_the_vocabulary_is_padded_to_divide():
+    assert [padded_vocab_size(49152, size) for size in (1, 2, 8)] == [49152] * 3
+    assert [padded_vocab_size(128257, size) for size in (1, 2, 8)] == [128257, 128258, 128264]
+    validate(compose(["recipe=tiny", "model.vocab_size=4097", "parallel.tensor=2"]), 2)

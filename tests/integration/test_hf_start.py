@@ -45,8 +45,8 @@ def data(root):
 
 @pytest.fixture(scope="module")
 def folder(root, data):
-    """A Qwen2 whose vocabulary is larger than the tokenizer's, with the tokenizer of the data."""
-    path = write_folder(root / "hf", "qwen2", vocab_size=512, max_position_embeddings=32, tie_word_embeddings=True)
+    """A Qwen2 with the tokenizer of the data; its vocabulary is larger, and odd: padded by two tensor ranks."""
+    path = write_folder(root / "hf", "qwen2", vocab_size=513, max_position_embeddings=32, tie_word_embeddings=True)
     for file in (data / "tokenizer").iterdir():
         shutil.copyfile(file, path / file.name)
     return path
@@ -170,3 +170,5 @@ def test_what_does_not_fit_is_refused_before_the_launch(started, root, data, fol
     converted = f"checkpoint.load={root / 'core'}"
     assert refusal(checkpoint_folder.check, converted, *shape).key == "checkpoint.load_weights_only"
     checkpoint_folder.check(config_of(data, tmp_path / "run", converted, "checkpoint.load_weights_only=true", *shape))
+    trained = f"checkpoint.load={root / 'direct-one'}"
+    assert refusal(checkpoint_folder.check, trained, "parallel.tensor=2", *shape, *YARN).key == "parallel.tensor"

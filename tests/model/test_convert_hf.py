@@ -35,7 +35,7 @@ LAYOUTS = {
     "context": ParallelConfig(context=2),
     "context, ring": ParallelConfig(context=2, context_strategy="ring"),
 }
-IN_ALL_LAYOUTS = ("llama, tied", "qwen2", "qwen3", "rope yarn")
+IN_ALL_LAYOUTS = ("llama, tied", "qwen2", "qwen3", "rope yarn", "odd vocabulary")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +132,7 @@ def cases(tmp_path_factory):
         extra = {"max_position_embeddings": 32} if name == "dynamic" else {}
         folder = write_folder(root / f"rope-{name}", "llama", rope_parameters={"rope_theta": 500.0, **rope}, **extra)
         found[f"rope {name}"] = Case(folder, lengths, 96)
+    found["odd vocabulary"] = Case(write_folder(root / "odd", "llama", vocab_size=97), PACKED, 97)
     short = found["rope longrope"].folder
     found["rope longrope, short input"] = Case(short, (32, 32), 96)
     return found
@@ -144,7 +145,11 @@ def expected(cases):
 
 def _check(found, expected):
     for (name, layout), whole in found.items():
-        assert_close(whole, expected[name], torch.float32, f"{name}, {layout}")
+        vocab = expected[name].shape[1]
+        assert_close(whole[:, :vocab], expected[name], torch.float32, f"{name}, {layout}")
+        assert whole[:, vocab:].isneginf().all()
+        padded = name == "odd vocabulary" and "tensor" in layout
+        assert whole.shape[1] == vocab + padded
 
 
 def test_every_family_and_scaling_in_one_process(cases, expected):

@@ -171,6 +171,6 @@ def test_peak_memory_is_about_a_shard_and_a_layer(sharded, tmp_path):
     assert total > 190
     command = [sys.executable, "-c", _MEASURE, str(sharded), str(large), str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
-    for peak in done.stdout.split():
-        assert 8 < float(peak) < 60, f"{done.stdout} of {total} MiB"
+    peaks = [float(peak) for peak in done.stdout.split()]
+    assert 12 < max(peaks) < 60, f"{peaks} of {total} MiB"
     assert_same_weights(tensors_of(tmp_path / "large-back"), tensors_of(large))
