@@ -33,7 +33,6 @@ TWO_RANKS = {
 TWO_RANKS_FEW_STEPS = {
     "context, balanced by document": [*CONTEXT, "parallel.context_layout=balanced", "parallel.gather_heads=1"],
     "concatenated rows, context": ["data.mode=concatenated", *CONTEXT, "parallel.full_context_strategy=ring"],
-    "full recomputation": ["parallel.recompute=full"],
     "pipeline, overlapped": [*PIPELINE, "parallel.overlap_grad_reduce=true", "parallel.recompute=selective"],
     "gate options, tensor and sequence": [*GATE, *SEQUENCE],
 }
@@ -41,7 +40,6 @@ TWO_RANKS_OF_QWEN3 = {"qwen3, tensor and sequence": SEQUENCE, "qwen3, pipeline":
 FOUR_RANKS = {
     "tensor, sequence, context": [*SEQUENCE, *CONTEXT],
     "tensor, pipeline interleaved": [*TENSOR, *INTERLEAVED],
-    "context, data": CONTEXT,
     "gate options, context of four": [*GATE, "parallel.context=4", *ALL_TO_ALL, "parallel.recompute=full"],
     "context of two by two, ring across": ["parallel.context=4", "parallel.context_inner=2", *RING],
     "gate options, context of two by two": [*GATE, "parallel.context=4", "parallel.context_inner=2"],
