@@ -1,8 +1,8 @@
 """With few loss tokens, how many full layers at the end does a MoBA model need to learn as a full one does?
 
-    python experiments/sparse_loss_sft/run.py [--quick] [--pretrained RUN] [--layers 0 1 2 4] [key=value ...]
+    python experiments/sparse_loss_sft/run.py [--quick] [--hf FOLDER] [--layers 0 1 2 4] [key=value ...]
 
-Pretrains one small MoBA model on the Python standard library's sources (or takes `--pretrained`), makes chat rows with
+Pretrains one small MoBA model on the Python standard library's sources (or takes `--hf`'s), makes chat rows with
 about 1 % loss tokens (build.py), and fine-tunes the same checkpoint on the same rows with the last 0, 1, 2, 4, ... and
 all layers full. Then writes a page and a picture. A finished arm is not run again, a stopped one goes on from its last
 checkpoint. `--quick` shows in a few minutes that everything works; its numbers mean nothing.
@@ -93,36 +93,19 @@ def main() -> int:
     args = _arguments()
     setting = QUICK if args.quick else GPU if torch.cuda.is_available() else CPU
     out = Path(args.out or f"runs/sparse_loss_sft{'_quick' if args.quick else ''}").absolute()
-    data = Path(args.data).absolute()
-    if not (data / "dataset.json").exists():
-        _run([sys.executable, "launch/prepare_data.py", "--output", str(data)])
     questions = _questions(out / "questions", setting)
-    common = [*_shape(setting), *args.overrides]
-    pretrained = args.pretrained
-    if pretrained is None:
-        pretrained = str(out / "pretrained")
-        steps = setting.pretrain_steps
-        overrides = [
-            "recipe=tiny",
-            f"data.path={data}",
-            f"train.steps={steps}",
-            f"checkpoint.save_every={max(1, steps // 4)}",
-            "attention.dense_last_layers=0",
-            *common,
-        ]
-        _train_once("launch/pretrain.py", Path(pretrained), overrides, steps, args.nproc)
-    depth = _depth(Path(pretrained))
+    common = [*_shape(setting, own_model=args.hf is None), *args.overrides]
+    start, depth = _hf_start(args.hf) if args.hf else _pretrained(args, setting, out / "pretrained", common)
+    steps = args.steps or setting.steps
     arms = []
     for layers, seed in itertools.product(args.layers or _doublings(depth), range(args.seeds)):
-        steps = args.steps or setting.steps
         overrides = [
             "recipe=sft_tiny",
             f"sft.path={questions / 'train.jsonl'}",
             f"sft.valid_path={questions / 'valid.jsonl'}",
-            f"sft.tokenizer={data / 'tokenizer'}",
-            f"checkpoint.load={pretrained}",
-            "checkpoint.load_weights_only=true",
+            *start,
             f"attention.dense_last_layers={layers}",
+            f"metrics.gate_every={max(1, steps // 2)}",
             f"data.seed={1234 + seed}",
             f"train.steps={steps}",
             "train.validation_batches=64",
@@ -240,7 +223,7 @@ def _arguments() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--quick", action="store_true", help="a tiny model and few steps: does it work?")
-    add("--pretrained", metavar="RUN", help="fine-tune this run's model; its model.* keys must be given as overrides")
+    add("--hf", metavar="FOLDER", help="fine-tune this Hugging Face folder's model, with its tokenizer and template")
     add("--layers", type=int, nargs="+", metavar="N", help="numbers of full layers (default: 0, 1, 2, 4, ..., all)")
     add("--seeds", type=int, default=1, metavar="K", help="orders of the data for each number (default: 1)")
     add("--steps", type=int, help="of each fine-tuning")
@@ -251,8 +234,37 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _shape(setting: Setting) -> list[str]:
-    """What pretraining and all arms share."""
+def _pretrained(args: argparse.Namespace, setting: Setting, folder: Path, common: list[str]) -> tuple[list[str], int]:
+    """Pretrain the small model, unless that was done before: what its fine-tuning starts from, and its layers."""
+    data = Path(args.data).absolute()
+    if not (data / "dataset.json").exists():
+        _run([sys.executable, "launch/prepare_data.py", "--output", str(data)])
+    steps = setting.pretrain_steps
+    overrides = [
+        "recipe=tiny",
+        f"data.path={data}",
+        f"train.steps={steps}",
+        f"checkpoint.save_every={max(1, steps // 4)}",
+        "attention.dense_last_layers=0",
+        *common,
+    ]
+    _train_once("launch/pretrain.py", folder, overrides, steps, args.nproc)
+    (*_, record) = sorted(folder.rglob("moba_train.json"))
+    depth = int(json.loads(record.read_text())["config"]["model"]["num_layers"])
+    load = [f"checkpoint.load={folder}", "checkpoint.load_weights_only=true"]
+    return [*load, f"sft.tokenizer={data / 'tokenizer'}"], depth
+
+
+def _hf_start(folder: str) -> tuple[list[str], int]:
+    """What fine-tuning of a Hugging Face folder starts from, and its layers."""
+    place = Path(folder).absolute()
+    depth = int(json.loads((place / "config.json").read_text())["num_hidden_layers"])
+    return [f"checkpoint.init_from_hf={place}", f"sft.tokenizer={place}"], depth
+
+
+def _shape(setting: Setting, own_model: bool) -> list[str]:
+    """What pretraining and all arms share. A model of one's own also has its shape here."""
+    overrides = [key for key in setting.overrides if own_model or not key.startswith("model.")]
     return [
         f"train.sequence_length={setting.sequence_length}",
         f"train.global_batch_size={setting.batch}",
@@ -260,7 +272,7 @@ def _shape(setting: Setting) -> list[str]:
         f"attention.block_size={setting.block_size}",
         "attention.top_k=3",
         "checkpoint.keep_last=1",
-        *setting.overrides,
+        *overrides,
     ]
 
 
@@ -276,12 +288,6 @@ def _doublings(depth: int) -> list[int]:
     """0, 1, 2, 4, ..., and half and all of the layers."""
     powers = itertools.takewhile(lambda n: n < depth, (2**i for i in range(depth)))
     return sorted({0, *powers, depth // 2, depth})
-
-
-def _depth(pretrained: Path) -> int:
-    """How many layers the checkpoint's model has."""
-    (*_, record) = sorted(pretrained.rglob("moba_train.json"))
-    return int(json.loads(record.read_text())["config"]["model"]["num_layers"])
 
 
 def _train_once(script: str, folder: Path, overrides: list[str], steps: int, processes: int) -> None:

@@ -152,11 +152,12 @@ class ParallelConfig:
     context_layout: str = "zigzag"  # zigzag | balanced (by document) | contiguous: which rows a context rank holds
     context_strategy: str = "all_gather"  # all_gather | all_to_all | ring
     full_context_strategy: str | None = None  # of full-attention layers, where they should differ
+    context_inner: int = 1  # neighbouring context ranks (of one node) that swap heads; the strategy is across them
     gather_heads: int | None = None  # all_gather: key heads of the whole context alive at a time; None: all
     distributed_optimizer: bool = True
     overlap_grad_reduce: bool = False
     recompute: str = "none"  # none | selective | full
-    timeout_s: int = 600
+    timeout_s: int = 600  # a rank that is dead, or that others wait for, this long ends the run
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,8 @@ _AT_LEAST = {
     1: (
         "model.num_layers model.hidden_size model.ffn_hidden_size model.num_attention_heads model.num_key_value_heads "
         "model.head_dim model.vocab_size attention.block_size attention.top_k parallel.tensor parallel.pipeline "
-        "parallel.virtual_pipeline parallel.context parallel.timeout_s train.steps train.sequence_length "
-        "train.global_batch_size train.validation_batches checkpoint.keep_last metrics.log_every "
+        "parallel.virtual_pipeline parallel.context parallel.context_inner parallel.timeout_s train.steps "
+        "train.sequence_length train.global_batch_size train.validation_batches checkpoint.keep_last metrics.log_every "
         "metrics.position_buckets"
     ),
     0: (
@@ -162,18 +162,41 @@ def _check_parallel(config: RunConfig) -> None:
             local % parallel.tensor == 0,
             f"{local} tokens of a context rank must divide by parallel.tensor={parallel.tensor} (sequence parallel)",
         )
-    if "all_to_all" in (parallel.context_strategy, parallel.full_context_strategy):
+    strategies = (parallel.context_strategy, parallel.full_context_strategy)
+    if parallel.context_inner > 1:
+        _require(
+            config,
+            "parallel.context_inner",
+            parallel.context % parallel.context_inner == 0 and parallel.context_inner < parallel.context,
+            f"must be a proper divisor of parallel.context={parallel.context}; to swap heads among all context ranks "
+            "choose parallel.context_strategy=all_to_all instead",
+        )
+        _require(
+            config,
+            "parallel.context_inner",
+            "all_to_all" not in strategies,
+            "is all_to_all among neighbours already: choose ring or all_gather across them, for layers of both kinds",
+        )
+        _require(
+            config,
+            "parallel.gather_heads",
+            parallel.gather_heads is None,
+            "leave it out: with parallel.context_inner the key heads are gathered one by one already",
+        )
+    inner, what = parallel.context_inner, "parallel.context_inner"
+    if "all_to_all" in strategies:
+        inner, what = parallel.context, "parallel.context"
+    if inner > 1:
         queries, keys = model.num_attention_heads // parallel.tensor, model.num_key_value_heads // parallel.tensor
         _require(
             config,
-            "parallel.context",
-            queries % parallel.context == 0 and (keys % parallel.context == 0 or parallel.context % keys == 0),
+            what,
+            queries % inner == 0 and (keys % inner == 0 or inner % keys == 0),
             f"all_to_all deals {queries} query and {keys} key heads of a tensor rank to the context ranks: choose a "
             "divisor of the query heads that divides the key heads or is a multiple of them, or another "
             "parallel.context_strategy",
         )
     if parallel.gather_heads is not None:
-        strategies = (parallel.context_strategy, parallel.full_context_strategy)
         _require(
             config, "parallel.gather_heads", "all_gather" in strategies, "belongs to the strategy all_gather alone"
         )

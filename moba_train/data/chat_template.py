@@ -72,6 +72,10 @@ class ChatTokenizer:
             self._tokenizer.chat_template, self.source = BUILT_IN_TEMPLATE, "built-in"
         self._key = ("sft.tokenizer", folder) if template_file is None else ("sft.chat_template", template_file)
 
+    def save(self, folder: Path) -> None:
+        """Write the tokenizer with the template that was used, for whoever talks to the tuned model."""
+        self._tokenizer.save_pretrained(folder)
+
     @cached_property
     def identity(self) -> str:
         """A hash of all that decides what `encode` returns."""
@@ -82,14 +86,6 @@ class ChatTokenizer:
             repr(self._last_turn_only),
         )
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
-
-    def prompt(self, text: str) -> list[int]:
-        """What a model is given to answer one user's message, up to where its own turn begins."""
-        messages = [{"role": "user", "content": text}]
-        ids: list[int] = self._tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=False
-        )
-        return ids
 
     def encode(self, conversations: Sequence[Conversation]) -> list[Encoded]:
         """Tokenise rows, on all cores; ConfigError names a row that the template cannot render or tell apart."""

@@ -27,18 +27,20 @@ from moba_train.data.chat_template import ChatTokenizer
 from moba_train.data.packing import pack_documents
 from moba_train.data.split import valid_threshold
 
-__all__ = ["SftData", "SftRows", "build_sft", "check_sft"]
+__all__ = ["RUN_TOKENIZER", "SftData", "SftRows", "build_sft", "check_sft"]
 
+RUN_TOKENIZER = "tokenizer"  # folder of a run that keeps its tokenizer with the chat template
 _LOG = logging.getLogger(__name__)
 _VALID_FRACTION = 0.05
 
 
 @dataclass(frozen=True)
 class SftData:
-    """Rows to train on and rows to validate on."""
+    """Rows to train on, rows to validate on, and what made tokens of them."""
 
     train: SftRows
     valid: SftRows
+    tokenizer: ChatTokenizer
 
 
 class SftRows:
@@ -129,7 +131,7 @@ def build_sft(
     Of more validation rows than asked for, as many at even distances; the same ones each time. ConfigError as
     `check_sft`.
     """
-    train, valid = _splits(config, data, vocab_size, sequence_length, timeout_s)
+    tokenizer, train, valid = _splits(config, data, vocab_size, sequence_length, timeout_s)
     bins: list[np.ndarray] = []
     first_pass: list[np.ndarray] = []
     epoch = 0
@@ -137,17 +139,22 @@ def build_sft(
         packed = epoch_bins(train.lengths, sequence_length, config.packing, data.seed, epoch)
         first_pass, epoch = first_pass or packed, epoch + 1
         bins += packed
+    _LOG.info("chat template: %s", tokenizer.source)
     train.report(config.packing, first_pass)
     fixed = [np.array(items) for items in pack(valid.lengths.tolist(), sequence_length, config.packing)]
     valid.report(config.packing, fixed)
     taken = min(valid_samples, len(fixed))
     spread = [fixed[i * len(fixed) // taken] for i in range(taken)]
-    return SftData(SftRows(train, bins[:train_samples], train_samples), SftRows(valid, spread, valid_samples))
+    return SftData(
+        train=SftRows(train, bins[:train_samples], train_samples),
+        valid=SftRows(valid, spread, valid_samples),
+        tokenizer=tokenizer,
+    )
 
 
 def _splits(
     config: SftConfig, data: DataConfig, vocab_size: int, sequence_length: int, timeout_s: float
-) -> tuple[_Split, _Split]:
+) -> tuple[ChatTokenizer, _Split, _Split]:
     assert config.path is not None
     assert config.tokenizer is not None
     tokenizer = ChatTokenizer(config.tokenizer, config.chat_template, last_turn_only=config.last_turn_only)
@@ -172,7 +179,7 @@ def _splits(
         _select(name, part, numbers, config, sequence_length)
         for name, (part, numbers) in zip(("train", "valid"), chosen, strict=True)
     )
-    return train, valid
+    return tokenizer, train, valid
 
 
 def _select(name: str, rows: ChatRows, numbers: np.ndarray, config: SftConfig, sequence_length: int) -> _Split:

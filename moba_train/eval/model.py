@@ -34,6 +34,7 @@ from moba_train.config.schema import (
     from_dict,
 )
 from moba_train.config.validate import validate
+from moba_train.data.sft import RUN_TOKENIZER
 from moba_train.data.tokenizer import tokenizer_files
 from moba_train.model.build import build_gpt, transformer_config
 from moba_train.model.convert_hf import fill_model
@@ -255,8 +256,8 @@ def _for_asking(trained: RunConfig, overrides: list[str]) -> RunConfig:
 
 
 def _tokenizer(folder: Path, trained: RunConfig) -> Path | None:
-    """The tokenizer of the fine-tuning, else the one carried from a Hugging Face folder, else that of the data."""
+    """The tokenizer the model was tuned with, else the one carried from a Hugging Face folder, else its data's."""
     data = [trained.data.path] if trained.data.path is not None else list(trained.data.blend or {})
-    tuned = [Path(trained.sft.tokenizer)] if trained.sft.path is not None and trained.sft.tokenizer is not None else []
-    candidates = [*tuned, folder.parent.parent / CARRIED, *(Path(path) / "tokenizer" for path in data)]
+    run = folder.parent.parent
+    candidates = [run / RUN_TOKENIZER, run / CARRIED, *(Path(path) / "tokenizer" for path in data)]
     return next((path for path in candidates if tokenizer_files(path)), None)

@@ -66,6 +66,7 @@ class CoreAttention(MegatronModule):
         strategies: dict[LayerKind, str],
         layout: LayoutRule,
         gather_heads: int | None,
+        hierarchical: bool,
         key_conv: int,
         **kwargs: Any,
     ) -> None:
@@ -77,8 +78,10 @@ class CoreAttention(MegatronModule):
         self.backends = backends
         self.softmax_scale = softmax_scale
         self.observer: Observer | None = None
+        # megatron-core has groups by level, neighbours first, but forgets to forget those of a mesh it destroyed.
+        inner, across = pg_collection.hcp if hierarchical else (None, pg_collection.cp)
         self.ops: dict[LayerKind, _Op] = {
-            kind: wrap(op, pg_collection.cp, strategies[kind], layout=layout, gather_heads=gather_heads)
+            kind: wrap(op, across, strategies[kind], layout=layout, gather_heads=gather_heads, inner_group=inner)
             for kind, op in _OPS.items()
         }
 

@@ -75,6 +75,7 @@ def _layer_spec(config: RunConfig, layer: LayerAttention) -> ModuleSpec:
             },
             "layout": RULES[config.parallel.context_layout],
             "gather_heads": config.parallel.gather_heads,
+            "hierarchical": config.parallel.context_inner > 1,
             "key_conv": config.attention.key_conv,
         },
     )

@@ -65,16 +65,18 @@ def initialize(parallel: ParallelConfig, backend: str, device: torch.device) -> 
         alone: dict[str, Any] = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         dist.init_process_group(
             backend,
-            timeout=datetime.timedelta(seconds=parallel.timeout_s),
+            timeout=_collective_timeout(parallel),
             device_id=device if device.type == "cuda" else None,
             **alone,
         )
+    levels = [parallel.context_inner, parallel.context // parallel.context_inner]  # neighbours, then across them
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
         context_parallel_size=parallel.context,
-        distributed_timeout_minutes=max(1, -(-parallel.timeout_s // 60)),
+        hierarchical_context_parallel_sizes=levels if parallel.context_inner > 1 else None,
+        distributed_timeout_minutes=_collective_timeout(parallel) // datetime.timedelta(minutes=1),
     )
     return Groups(
         tensor=_axis(parallel_state.get_tensor_model_parallel_group()),
@@ -92,6 +94,11 @@ def close() -> None:
     if dist.is_initialized():
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+
+
+def _collective_timeout(parallel: ParallelConfig) -> datetime.timedelta:
+    """Whole minutes, at least one more than the watchdog's: it says who is missing before a collective gives up."""
+    return datetime.timedelta(minutes=-(-parallel.timeout_s // 60) + 1)
 
 
 def _axis(group: dist.ProcessGroup) -> Axis:

@@ -25,6 +25,7 @@ from moba_train.model.key_conv import KEY_CONV_PREFIX
 from moba_train.model.layer_plan import layer_plan
 from moba_train.model.rope import describe_rope
 from moba_train.parallel.seed import load_random_state, random_state
+from moba_train.parallel.watchdog import phase
 from moba_train.train.checkpoint_folder import (
     Metadata,
     complete_checkpoints,
@@ -48,6 +49,7 @@ _LOG = logging.getLogger(__name__)
 
 def save(run: Run) -> Path:
     """Write a checkpoint of the present step, then point `latest` at it and drop the oldest beyond keep_last."""
+    phase(f"checkpoint of step {run.step}")
     root = run.folder / "checkpoints"
     final, partial = root / f"step_{run.step:08d}", root / f"step_{run.step:08d}.partial"
     if dist.get_rank() == 0:

@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 
 from moba_train.config.huggingface import export_config, read_config
 from moba_train.config.schema import AttentionConfig, ConfigError, ModelConfig, RunConfig, from_dict, to_dict
-from moba_train.data.tokenizer import tokenizer_files
+from moba_train.data.sft import RUN_TOKENIZER
+from moba_train.data.tokenizer import load_tokenizer, tokenizer_files
 from moba_train.model.convert_hf import Rule, from_core, hf_shapes, rules, to_core
 from moba_train.model.hf_folder import HFTensors, load_hf_folder
 from moba_train.model.layer_plan import layer_plan
@@ -155,7 +156,12 @@ def core_to_hf(
                 if file.name != _SHARDS:
                     shutil.copyfile(file, partial / file.name)
         eos = None
-        if not tokenizer_files(partial):
+        tuned = step.parent.parent / RUN_TOKENIZER
+        if tuned.is_dir():  # its chat template is the one the model has learnt
+            for file in tokenizer_files(tuned):
+                shutil.copyfile(file, partial / file.name)
+            eos = load_tokenizer(tuned).eod
+        elif not tokenizer_files(partial):
             eos, note = _tokenizer_of_the_data(metadata, partial)
             notes.append(note)
         dtype = str(dtypes["model.norm.weight"]).removeprefix("torch.")

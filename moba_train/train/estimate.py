@@ -1,13 +1,13 @@
 """How large a run is before it starts: parameters, and memory per GPU in GiB.
 
-The memory is an estimate of what a rank of the last pipeline stage holds, by the terms listed in `memory_gib`;
-framework buffers and fragmentation come on top.
+The memory is an estimate, by the terms listed in `_stage_bytes`; framework buffers and fragmentation come on top.
 """
 
 from __future__ import annotations
 
 from moba_train.config.schema import ModelConfig, RunConfig
 from moba_train.config.validate import data_parallel_size
+from moba_train.context_parallel.memory import peak_bytes
 
 __all__ = ["memory_gib", "parameter_count"]
 
@@ -19,12 +19,21 @@ def parameter_count(model: ModelConfig, key_conv: int = 0) -> int:
 
 
 def memory_gib(config: RunConfig, world_size: int) -> dict[str, float]:
-    """Terms of the peak, GiB per GPU, by name, and their total."""
+    """Terms of the peak, GiB per GPU, by name, and their total, of the fuller of the first and last pipeline stage."""
+    stages = (_stage_bytes(config, world_size, last) for last in (False, True))
+    terms = max(stages, key=lambda terms: sum(terms.values()))
+    terms["total"] = sum(terms.values())
+    return {name: size / 2**30 for name, size in terms.items()}
+
+
+def _stage_bytes(config: RunConfig, world_size: int, last: bool) -> dict[str, float]:
     model, parallel, train = config.model, config.parallel, config.train
     width = 4 if config.precision == "fp32" else 2
-    shards = data_parallel_size(config, world_size) * parallel.context if parallel.distributed_optimizer else 1
+    dp = data_parallel_size(config, world_size)
+    shards = dp * parallel.context if parallel.distributed_optimizer else 1
     stage_layers = model.num_layers // parallel.pipeline
-    embedding = model.vocab_size * model.hidden_size * (2 if parallel.pipeline == 1 and not model.tie_embeddings else 1)
+    whole = parallel.pipeline == 1  # one stage that is first and last
+    embedding = model.vocab_size * model.hidden_size * (2 if whole and not model.tie_embeddings else 1)
     parameters = (stage_layers * _layer_parameters(model) + embedding) / parallel.tensor
     tokens = train.sequence_length / parallel.context
 
@@ -34,21 +43,61 @@ def memory_gib(config: RunConfig, world_size: int) -> dict[str, float]:
     kv = model.num_key_value_heads * model.head_dim / parallel.tensor
     mlp = 0 if parallel.recompute == "selective" else 3 * model.ffn_hidden_size / parallel.tensor
     whole_layer = 4 * hidden + 3 * q + 3 * kv + mlp
-    kept = stage_layers * hidden + whole_layer if parallel.recompute == "full" else stage_layers * whole_layer
-    in_flight = parallel.pipeline  # micro-batches whose activations the first stage keeps
-
-    heads = parallel.gather_heads or model.num_key_value_heads // parallel.tensor
-    gathered = 2 * train.sequence_length * heads * model.head_dim * width if parallel.context > 1 else 0
-    terms = {
+    # Micro-batches whose activations wait for their backward: the warm-up of (interleaved) 1F1B (arXiv 2205.05198).
+    stages, virtual = parallel.pipeline, parallel.virtual_pipeline
+    waiting = stages - (stages - 1) / virtual if last else stages + ((stages - 1) / virtual if virtual > 1 else 0)
+    waiting = min(waiting, train.global_batch_size // dp)
+    kept = waiting * stage_layers * (hidden if parallel.recompute == "full" else whole_layer)
+    if parallel.recompute == "full":
+        kept += whole_layer  # of the one layer that is computed again
+    logits = tokens * model.vocab_size / parallel.tensor * (width + 2 * 4)  # and two fp32 copies in the loss
+    return {
         "weights": parameters * width,
         "gradients": parameters * 4,
         "optimizer": parameters * (8 if config.precision == "fp32" else 12) / shards,
-        "activations": tokens * kept * width * in_flight,
-        "gathered keys and values": 2 * gathered,  # forward's and their gradients
-        "logits": tokens * model.vocab_size / parallel.tensor * (width + 2 * 4),  # and two fp32 copies in the loss
+        "activations": tokens * kept * width,
+        "context parallelism": _context_bytes(config, width),
+        "logits": logits if last or whole else 0,
     }
-    terms["total"] = sum(terms.values())
-    return {name: size / 2**30 for name, size in terms.items()}
+
+
+def _context_bytes(config: RunConfig, width: int) -> int:
+    """What communication holds at its peak in one layer, of the kind that needs more."""
+    model, parallel, length = config.model, config.parallel, config.train.sequence_length
+    if parallel.context == 1:
+        return 0
+    heads, key_heads = model.num_attention_heads // parallel.tensor, model.num_key_value_heads // parallel.tensor
+    inner = parallel.context_inner
+    across = parallel.context // inner
+    inside = 0
+    if inner > 1:  # heads are swapped among neighbours, then each key head's rows travel across them
+        inside = max(
+            peak_bytes(
+                "all_to_all",
+                rows=length // across,
+                num_ranks=inner,
+                heads=heads,
+                key_heads=key_heads,
+                head_dim=model.head_dim,
+                element_size=width,
+            )
+        )
+        heads, key_heads = max(1, heads // max(inner, key_heads)), 1
+    return inside + max(
+        max(
+            peak_bytes(
+                strategy,
+                rows=length,
+                num_ranks=across,
+                heads=heads,
+                key_heads=key_heads,
+                head_dim=model.head_dim,
+                element_size=width,
+                gather_heads=parallel.gather_heads,
+            )
+        )
+        for strategy in {parallel.context_strategy, parallel.full_context_strategy or parallel.context_strategy}
+    )
 
 
 def _layer_parameters(model: ModelConfig) -> int:

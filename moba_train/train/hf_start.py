@@ -38,9 +38,14 @@ def check_hf_start(config: RunConfig) -> None:
         ours, value = getattr(config.model, key), getattr(theirs, key)
         if ours != value:
             raise ConfigError(f"model.{key}", ours, f"{folder} has {value}; leave model=... out, and it is taken over")
-    if config.data.path is None and not config.data.blend:
+    if config.data.path is None and not config.data.blend and config.sft.path is None:
         return
     tokenizer = load_tokenizer(folder, key=_KEY)
+    if config.sft.path is not None:
+        given = config.sft.tokenizer
+        if given is not None and load_tokenizer(given, key="sft.tokenizer").sha256 != tokenizer.sha256:
+            raise ConfigError("sft.tokenizer", given, f"not the tokenizer of the model: sft.tokenizer={folder}")
+        return
     for data, _ in weighted_folders(config.data):
         if dataset_info(data).tokenizer_sha256 != tokenizer.sha256:
             remedy = (

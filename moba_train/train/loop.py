@@ -16,6 +16,7 @@ from moba_train.config.schema import ConfigError, RunConfig
 from moba_train.data.info import dataset_info
 from moba_train.model.layer_plan import describe, layer_plan, plan_phases
 from moba_train.model.rope import describe_rope
+from moba_train.parallel.watchdog import Watched, phase
 from moba_train.train import checkpoint
 from moba_train.train.dense_layers import resolve_dense_layers
 from moba_train.train.dry_run import print_plan
@@ -52,10 +53,11 @@ def _launch(config: RunConfig) -> int:
         if first:
             print_plan(config, world_size)
         return 0
-    run = setup(config)
-    resolve_dense_layers(run)
-    _train(run, _StopSignal())
-    close()  # not after an error: leaving the group waits for ranks that may be stuck; the launcher ends them
+    with Watched(config.parallel.timeout_s):
+        run = setup(config)
+        resolve_dense_layers(run)
+        _train(run, _StopSignal())
+        close()  # not after an error: leaving the group waits for ranks that may be stuck; the launcher ends them
     return 0
 
 
@@ -123,6 +125,7 @@ def _train(run: Run, stop: _StopSignal) -> None:
         metrics.close()
     if first and not stopped:
         _summarise(run, clock)
+    phase("end of the run")
     dist.barrier()
 
 

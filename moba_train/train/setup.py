@@ -22,13 +22,14 @@ from moba_train.config.schema import ConfigError, RunConfig
 from moba_train.config.validate import min_world_size, validate
 from moba_train.data.loader import Loader
 from moba_train.data.pretrain import PretrainData, build_datasets
-from moba_train.data.sft import SftData, build_sft, check_sft
+from moba_train.data.sft import RUN_TOKENIZER, SftData, build_sft, check_sft
 from moba_train.data.validate import check_data
 from moba_train.model.build import build_model
 from moba_train.model.layer_plan import plan_phases
 from moba_train.model.rope import Frequencies, inverse_frequencies
 from moba_train.parallel import groups as mesh
 from moba_train.parallel.seed import seed_everything
+from moba_train.parallel.watchdog import phase
 from moba_train.train import checkpoint, checkpoint_folder
 from moba_train.train.hf_start import carry_over, check_hf_start, load_hf_start
 from moba_train.train.optimizer import build_optimizer, build_scheduler
@@ -103,6 +104,7 @@ def _check_machine(config: RunConfig) -> None:
 
 def setup(config: RunConfig) -> Run:
     """Build the run on this process; `preflight` has passed."""
+    phase("setup: process groups")
     devices.prepare()
     device = devices.local_device()
     groups = mesh.initialize(config.parallel, devices.collective_backend(), device)
@@ -110,9 +112,11 @@ def setup(config: RunConfig) -> Run:
     folder = _shared_folder(config)
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(folder)))
 
+    phase("setup: model")
     chunks = build_model(planned(config), groups, device)
     optimizer = build_optimizer(config, chunks)
     batch = config.train.global_batch_size
+    phase("setup: data")
     data = _build_data(config)
     run = Run(
         config=config,
@@ -126,6 +130,9 @@ def setup(config: RunConfig) -> Run:
         loader=Loader(data.train, global_batch_size=batch, dp_rank=groups.data.rank, dp_size=groups.data.size),
         frequencies=inverse_frequencies(config.model, config.train.sequence_length).to(device),
     )
+    if isinstance(data, SftData) and groups.world_rank == 0:
+        data.tokenizer.save(folder / RUN_TOKENIZER)
+    phase("setup: checkpoint")
     if checkpoint.restore(run):
         carry_over(run)
     elif config.checkpoint.init_from_hf is not None:

@@ -26,6 +26,7 @@ from moba_train.model.core_attention import RowParams, set_layer_plan
 from moba_train.model.layer_plan import layer_plan
 from moba_train.model.rope import Frequencies, rotary_table
 from moba_train.parallel.groups import Groups
+from moba_train.parallel.watchdog import phase
 from moba_train.train.flops import training_flops
 from moba_train.train.loss import masked_sum, position_sums
 from moba_train.train.setup import Run
@@ -79,6 +80,7 @@ def train_step(run: Run, stop_requested: bool) -> StepResult:
         chunk.zero_grad_buffer()
     run.optimizer.zero_grad()
     flops = 0
+    step = f"step {run.step + 1}"
 
     def counted(batches: Iterator[Batch]) -> Iterator[Batch]:
         nonlocal flops
@@ -89,7 +91,8 @@ def train_step(run: Run, stop_requested: bool) -> StepResult:
     weights = _WeightSum(run.device)
     _prepare_schedule(run, weights)
     report = functools.partial(_loss_sums, weights=weights)
-    sums = _run_schedule(run, counted(_global_batch(run.loader)), report, report_size=2, forward_only=False)
+    sums = _run_schedule(run, counted(_global_batch(run.loader)), report, 2, step)
+    phase(f"{step}: loss")
     # One collective for the loss, the token count, the counted FLOPs and the wish to stop.
     mine = run.groups.tensor.rank == 0
     share = 1 / (run.groups.context.size * run.groups.pipeline.size)  # data ranks count different rows, these the same
@@ -103,6 +106,7 @@ def train_step(run: Run, stop_requested: bool) -> StepResult:
     dist.all_reduce(stats)
     loss_sum, count, all_flops, stop = stats.tolist()
 
+    phase(f"{step}: optimizer")
     run.scheduler.step(increment=1)
     learning_rate = max(group["lr"] for group in run.optimizer.param_groups)
     succeeded, grad_norm, _ = run.optimizer.step()
@@ -135,11 +139,12 @@ def validate_model(run: Run) -> Validation:
         _position_report, buckets=config.metrics.position_buckets, length=config.train.sequence_length
     )
     total = torch.zeros(2, config.metrics.position_buckets, dtype=torch.float64, device=run.device)
+    where = f"validation after step {run.step}"
     for chunk in run.chunks:
         chunk.eval()
     with torch.no_grad():
         for _ in range(-(-run.data.valid.num_rows // config.train.global_batch_size)):
-            sums = _run_schedule(run, _global_batch(loader), report, report_size=total.numel(), forward_only=True)
+            sums = _run_schedule(run, _global_batch(loader), report, total.numel(), where, forward_only=True)
             total += sums.view_as(total)
     for chunk in run.chunks:
         chunk.train()
@@ -167,7 +172,7 @@ def forward_rows(run: Run, rows: list[Batch]) -> None:
     for chunk in run.chunks:
         chunk.eval()
     with torch.no_grad():
-        _run_schedule(run, iter(rows), _nothing, 1, forward_only=True, count=len(rows))
+        _run_schedule(run, iter(rows), _nothing, 1, "observation", forward_only=True, count=len(rows))
     for chunk in run.chunks:
         chunk.train()
 
@@ -182,7 +187,8 @@ def _run_schedule(
     batches: Iterator[Batch],
     report: Callable[..., torch.Tensor],
     report_size: int,
-    forward_only: bool,
+    where: str,
+    forward_only: bool = False,
     count: int | None = None,
 ) -> torch.Tensor:
     """`count` micro-batches (None: a global batch) through the pipeline; this rank's summed report (zeros off the
@@ -190,7 +196,7 @@ def _run_schedule(
     rows = (to_row(run, batch) for batch in batches)
     iterators = list(itertools.tee(rows, len(run.chunks))) if len(run.chunks) > 1 else [rows]
     reports = get_forward_backward_func()(
-        forward_step_func=functools.partial(_forward_step, report=report),
+        forward_step_func=functools.partial(_forward_step, report=report, where=where),
         data_iterator=iterators if len(iterators) > 1 else iterators[0],
         model=run.chunks if len(run.chunks) > 1 else run.chunks[0],
         num_microbatches=count or run.config.train.global_batch_size // run.groups.data.size,
@@ -204,9 +210,11 @@ def _run_schedule(
 
 
 def _forward_step(
-    rows: Iterator[Row], model: torch.nn.Module, report: Callable[..., torch.Tensor]
+    rows: Iterator[Row], model: torch.nn.Module, report: Callable[..., torch.Tensor], where: str
 ) -> tuple[torch.Tensor, Any]:
+    phase(f"{where}: data")
     row = next(rows)
+    phase(f"{where}: forward and backward")
     batch = row.batch
     output = model(
         batch.tokens[None], batch.positions[None], None, labels=batch.labels[None], packed_seq_params=row.params

@@ -48,6 +48,9 @@ FOUR_RANKS = {
     "tensor, pipeline interleaved": [*TENSOR, *INTERLEAVED],
     "context, data": CONTEXT,
     "context of four, all to all": ["parallel.context=4", *ALL_TO_ALL],
+    "context of two by two, ring across": ["parallel.context=4", "parallel.context_inner=2", *RING],
+    "context of two by two, gather across": ["parallel.context=4", "parallel.context_inner=2"],
+    "gate options, context of two by two": [*GATE, "parallel.context=4", "parallel.context_inner=2", *RING],
     "gate options, context of four": [*GATE, "parallel.context=4", *ALL_TO_ALL, "parallel.recompute=full"],
 }
 # One process, by what a layout's name begins with; "few" are the first steps of "one".

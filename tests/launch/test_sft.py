@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from moba_train.config.compose import run_command_line
+from moba_train.data.chat_template import ChatTokenizer
+from moba_train.train.convert import core_to_hf
 from moba_train.train.loop import finetune, pretrain
 from moba_train.train.metrics import read_metrics
 from tests.helpers.training import SMALL, corpus
@@ -35,6 +37,7 @@ def test_it_fine_tunes_on_rows_that_it_tokenises(place: Path, tmp_path: Path) ->
     code, text = finish(start(sys.executable, "launch/sft.py", *overrides(place, run), "train.steps=3"))
     assert code == 0, text
     for line in (
+        "chat template: built-in",
         "train: 5",
         "left out: 1 without assistant tokens, 0 too long",
         "packing first_fit_decreasing makes",
@@ -47,7 +50,10 @@ def test_it_fine_tunes_on_rows_that_it_tokenises(place: Path, tmp_path: Path) ->
     assert "Traceback" not in text
     assert "Warning" not in text
     assert [record["step"] for record in read_metrics(run) if "loss" in record] == [1, 2, 3]
-    assert (run / "checkpoints" / "latest").is_file()
+    core_to_hf(str(run), str(tmp_path / "exported"))
+    for folder in (run / "tokenizer", tmp_path / "exported"):  # what talks to the model finds the template it learnt
+        assert ChatTokenizer(str(folder)).source == "the tokenizer's own"
+        assert "### assistant" in (folder / "chat_template.jinja").read_text()
 
 
 @pytest.mark.parametrize(
@@ -58,6 +64,7 @@ def test_it_fine_tunes_on_rows_that_it_tokenises(place: Path, tmp_path: Path) ->
         ("sft.path=null", "sft.path=None: name chat rows"),
         ("sft.tokenizer=nowhere", "no such folder"),
         ("sft.tokenizer=null", "tokenizer/ of a prepared one"),
+        ("checkpoint.load=nowhere", "no checkpoint there"),
         ("data.path=data", "drop one of the two"),
         ("train.freeze=embedding", "expects a list"),
         ("train.sequence_length=8", "sft.overlong='refuse'"),

@@ -6,6 +6,7 @@ import pytest
 
 from moba_train.config.compose import compose
 from moba_train.config.schema import ModelConfig
+from moba_train.context_parallel.memory import peak_bytes
 from moba_train.model.layer_plan import LayerAttention, LayerKind
 from moba_train.train.estimate import memory_gib, parameter_count
 from moba_train.train.flops import attention_pairs, gate_pairs, matmul_flops_per_token, training_flops
@@ -68,6 +69,35 @@ def test_memory_falls_with_every_kind_of_parallelism():
     assert memory_gib(compose(["recipe=128k", "parallel.context=8"]), 32)["total"] < total
     assert memory_gib(compose(["recipe=128k", "parallel.tensor=8"]), 32)["total"] < total
     assert memory_gib(compose(["recipe=128k", "parallel.recompute=none"]), 16)["total"] > total
+
+
+def test_memory_of_context_parallelism_is_that_of_its_strategy():
+    def term(*overrides):
+        config = compose(["recipe=128k", "parallel.tensor=1", "parallel.sequence=false", *overrides])
+        return memory_gib(config, 16)["context parallelism"]
+
+    shape = {"rows": 131072, "num_ranks": 4, "heads": 32, "key_heads": 8, "head_dim": 128}
+    for strategy in ("all_gather", "all_to_all", "ring"):
+        expected = max(peak_bytes(strategy, **shape)) / 2**30
+        assert term(f"parallel.context_strategy={strategy}") == expected
+    assert term("parallel.gather_heads=2") == max(peak_bytes("all_gather", **shape, gather_heads=2)) / 2**30
+    assert term("parallel.context=1") == 0
+    assert 0 < term("parallel.context_inner=2") < term()
+    assert term("parallel.context_strategy=ring", "parallel.full_context_strategy=all_gather") == term()
+
+
+def test_memory_of_recomputed_layers_is_kept_boundaries_and_one_layer():
+    def activations(*overrides):
+        return memory_gib(compose(["recipe=8k", "train.global_batch_size=64", *overrides]), 8)["activations"]
+
+    model, full = compose(["recipe=8k"]).model, "parallel.recompute=full"
+    boundary = 8192 * model.hidden_size * 2 / 2**30
+    one_stage, two_stages = activations(full), activations(full, "parallel.pipeline=2")
+    assert one_stage - (model.num_layers * boundary) == pytest.approx(
+        activations("parallel.recompute=none") / model.num_layers
+    )
+    # Twice the micro-batches of half the layers on the first stage; the last keeps one, but has the logits.
+    assert two_stages == pytest.approx(one_stage - model.num_layers * boundary / 2)
 
 
 @pytest.mark.parametrize("recipe, gpus", [("8k", 1), ("32k", 8), ("128k", 16), ("1m", 64)])
