@@ -87,14 +87,6 @@ class ChatTokenizer:
         )
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
-    def prompt(self, text: str) -> list[int]:
-        """What a model is given to answer one user's message, up to where its own turn begins."""
-        messages = [{"role": "user", "content": text}]
-        ids: list[int] = self._tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=False
-        )
-        return ids
-
     def encode(self, conversations: Sequence[Conversation]) -> list[Encoded]:
         """Tokenise rows, on all cores; ConfigError names a row that the template cannot render or tell apart."""
         rendered = [self._render(conversation) for conversation in conversations]

@@ -9,9 +9,9 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from moba_train.config.schema import ConfigError, SftConfig
-from moba_train.data.chat_template import ChatTokenizer
+from moba_train.config.schema import ConfigError
 from moba_train.data.tokenizer import Tokenizer, load_tokenizer
 from moba_train.eval.generation import DECODE, Sampler, generate
 from moba_train.eval.model import Source, check_length, close, find_source, open_model
@@ -61,14 +61,7 @@ def generate_text(arguments: GenerateArguments) -> int:
     if tokenizer.vocab_size > vocab_size:
         what = f"has {tokenizer.vocab_size} tokens, the model {vocab_size}"
         raise ConfigError("--tokenizer", str(folder), f"{what}; name the model's own")
-    ids = prompt_ids(
-        folder,
-        tokenizer,
-        arguments.prompt,
-        chat=arguments.chat,
-        special_tokens=arguments.special_tokens,
-        sft=source.config.sft,
-    )
+    ids = prompt_ids(folder, tokenizer, arguments.prompt, chat=arguments.chat, special_tokens=arguments.special_tokens)
     check_length(source.config, 1, len(ids) + arguments.max_tokens, "--max-tokens")
     if len(ids) + arguments.max_tokens > source.trained_length:
         _say(
@@ -96,34 +89,28 @@ def generate_text(arguments: GenerateArguments) -> int:
     return 0
 
 
-def prompt_ids(
-    folder: Path, tokenizer: Tokenizer, text: str, *, chat: bool, special_tokens: bool, sft: SftConfig | None = None
-) -> list[int]:
+def prompt_ids(folder: Path, tokenizer: Tokenizer, text: str, *, chat: bool, special_tokens: bool) -> list[int]:
     """The ids of a prompt: as training text is encoded, with what the tokenizer puts around a text (a beginning
-    token), or as a user's message under the chat template: that of the fine-tuning `sft`, where the model had one.
-
-    ConfigError where that gives nothing.
-    """
+    token), or as a user's message under its chat template. ConfigError where that gives nothing."""
     if chat and special_tokens:
         raise ConfigError("--special-tokens", True, "a chat template brings its own; drop one of the two")
-    if chat and (sft is None or sft.path is None) and not _has_template(folder):
-        raise ConfigError("--chat", str(folder), "its tokenizer has no chat template; leave --chat out")
-    if chat:
-        ids = ChatTokenizer(str(folder), None if sft is None else sft.chat_template).prompt(text)
-    elif special_tokens:
-        ids = tokenizer.encode(text, special_tokens=True)
-    else:
-        ids = tokenizer.encode(text)
+    ids = _chat_ids(folder, text) if chat else tokenizer.encode(text, special_tokens=special_tokens)
     if not ids:
         raise ConfigError("--prompt", text, "is empty: write something to go on from")
     return ids
 
 
-def _has_template(folder: Path) -> bool:
-    """Whether transformers finds a chat template in a tokenizer's folder."""
+def _chat_ids(folder: Path, text: str) -> list[int]:
     from transformers import AutoTokenizer  # takes seconds, and few need it
 
-    return bool(AutoTokenizer.from_pretrained(folder, local_files_only=True).chat_template)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if not tokenizer.chat_template:
+        raise ConfigError("--chat", str(folder), "its tokenizer has no chat template; leave --chat out")
+    messages = [{"role": "user", "content": text}]
+    ids: list[int] = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=False
+    )
+    return ids
 
 
 def stop_ids(source: Source, tokenizer_folder: Path, tokenizer: Tokenizer) -> set[int]:

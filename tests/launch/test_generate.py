@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moba_train.config.schema import ConfigError, SftConfig
+from moba_train.config.schema import ConfigError
 from moba_train.data.tokenizer import load_tokenizer
 from moba_train.eval.text import GenerateArguments, generate_text, prompt_ids, write_stream
 from tests.helpers.training import corpus
@@ -104,14 +104,13 @@ def test_a_prompt_under_a_chat_template_or_as_text(folder, tmp_path):
     assert plain == tokenizer.encode("Hi")
     with pytest.raises(ConfigError, match="no chat template"):
         prompt_ids(folder, tokenizer, "Hi", chat=True, special_tokens=False)
-    sft = SftConfig(path="chats.jsonl")  # fine-tuned with the built-in template: asked with it
-    tuned = prompt_ids(folder, tokenizer, "Hi", chat=True, special_tokens=False, sft=sft)
-    assert tokenizer.decode(tuned) == "### user\nHi\n### assistant\n"
     tokenizer.save(tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": TEMPLATE}))
     chat = prompt_ids(tmp_path, tokenizer, "Hi", chat=True, special_tokens=False)
     assert tokenizer.decode(chat) == "[user]Hi[me]"
+    with pytest.raises(ConfigError, match="drop one of the two"):
+        prompt_ids(tmp_path, tokenizer, "Hi", chat=True, special_tokens=True)
     with pytest.raises(ConfigError, match="is empty"):
         prompt_ids(folder, tokenizer, "", chat=False, special_tokens=False)
 
