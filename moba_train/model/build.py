@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moba_train.config.schema import RunConfig
 from moba_train.config.validate import padded_vocab_size
+from moba_train.model.chunked_loss import ChunkedLossGPT
 from moba_train.model.freeze import freeze_parameters
 from moba_train.model.layer_plan import layer_plan
 from moba_train.model.specs import block_spec
@@ -96,7 +97,7 @@ def build_gpt(
     virtual = config.parallel.virtual_pipeline
     vp_stage = stage if virtual > 1 else None
     vocab_size = config.model.vocab_size
-    model = GPTModel(
+    model = ChunkedLossGPT(
         config=transformer,
         transformer_layer_spec=block_spec(config, transformer, plan, groups.pipeline.rank, vp_stage),
         vocab_size=padded_vocab_size(vocab_size, config.parallel.tensor),
