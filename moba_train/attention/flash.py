@@ -167,7 +167,7 @@ def _forward(
 
 
 @_forward.register_fake
-def _(q_THD, *_rest):
+def _(q_THD: Tensor, *_rest: Any) -> tuple[Tensor, Tensor]:
     return q_THD.new_empty(q_THD.shape), q_THD.new_empty(q_THD.shape[:2], dtype=torch.float32)
 
 
@@ -232,7 +232,9 @@ def _backward(
 
 
 @_backward.register_fake
-def _(dout_THD, dlse_TH, q_THD, k_SGD, v_SGD, *_rest):
+def _(
+    dout_THD: Tensor, dlse_TH: Tensor | None, q_THD: Tensor, k_SGD: Tensor, v_SGD: Tensor, *_rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     return q_THD.new_empty(q_THD.shape), k_SGD.new_empty(k_SGD.shape), v_SGD.new_empty(v_SGD.shape)
 
 

@@ -9,9 +9,10 @@ P query rows, S key rows, H query heads, G key heads, D head dim.
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 from functools import cache
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -120,7 +121,8 @@ def backward(
 
 
 @cache
-def _interface() -> ModuleType | None:
+def _interface() -> Any:
+    """The library's module, whose functions carry no types, or None."""
     if importlib.util.find_spec("flash_attn") is None:
         return None
     try:
