@@ -19,6 +19,7 @@ _NAMES = {
     "before": "as it came",
     "stretched_full": "YaRN, not trained, full",
     "stretched_moba": "YaRN, not trained, MoBA",
+    "stretched_free": "the same, first block not forced",
     "full": "trained, full",
     "moba": "trained, MoBA",
 }

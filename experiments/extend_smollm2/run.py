@@ -208,6 +208,7 @@ def _plan(args: argparse.Namespace, model: Path, data: Path) -> Plan:
         "attention=moba",
         f"attention.block_size={setting.block_size}",
         f"attention.top_k={setting.top_k}",
+        "attention.force_first_block=true",
         f"attention.dense_last_layers={setting.dense_last}",
     ]
     return Plan(original, length, steps, common, rope, {"full": ["attention=full"], "moba": moba})
@@ -258,6 +259,8 @@ def _before(parts: Parts, plan: Plan, out: Path, model: Path, args: argparse.Nam
         _evaluate(parts, plan, out, "before", model, precision, args)
         _evaluate(parts, plan, out, "stretched_full", model, [*precision, *plan.rope], args, passkey=False)
         _evaluate(parts, plan, out, "stretched_moba", model, [*precision, *plan.rope, *moba], args, passkey=False)
+        free = [*moba, "attention.force_first_block=false"]  # what the gate does without its attention sink
+        _evaluate(parts, plan, out, "stretched_free", model, [*precision, *plan.rope, *free], args, passkey=False)
 
     return evaluate
 
