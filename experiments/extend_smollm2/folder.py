@@ -54,16 +54,15 @@ def write_folder(gguf: Path, folder: Path) -> int:
     """Model and tokenizer of a GGUF file as a Hugging Face folder; the number of parameters."""
     # Not before the arguments are read: --help needs neither.
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     options = {"gguf_file": gguf.name}
     loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **options)
-    config = loaded.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config  # the weights are plain numbers from here on
-    model = LlamaForCausalLM(config)
+    fields = loaded.config.to_dict()
+    fields.pop("quantization_config", None)  # the weights are plain numbers from here on
+    model = LlamaForCausalLM(LlamaConfig.from_dict(fields))
     model.load_state_dict(loaded.state_dict())
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.bfloat16().save_pretrained(folder)
     AutoTokenizer.from_pretrained(gguf.parent, **options).save_pretrained(folder)
     return sum(parameter.numel() for parameter in model.parameters())
 

@@ -65,8 +65,8 @@ GPU = Setting(
     length=None,
     steps=48,
     batch=2,
-    block_size=512,
-    top_k=8,
+    block_size=256,
+    top_k=16,
     dense_last=5,
     characters=420_000,
     megabytes=48,
@@ -202,7 +202,6 @@ def _plan(args: argparse.Namespace, model: Path, data: Path) -> Plan:
         "checkpoint.save_every=100",
         "checkpoint.keep_last=1",
         *rope,
-        *args.overrides,
     ]
     moba = [
         "attention=moba",
@@ -211,7 +210,8 @@ def _plan(args: argparse.Namespace, model: Path, data: Path) -> Plan:
         "attention.force_first_block=true",
         f"attention.dense_last_layers={setting.dense_last}",
     ]
-    return Plan(original, length, steps, common, rope, {"full": ["attention=full"], "moba": moba})
+    arms = {"full": ["attention=full", *args.overrides], "moba": [*moba, *args.overrides]}
+    return Plan(original, length, steps, common, rope, arms)
 
 
 def _same_settings(out: Path, plan: Plan) -> None:
