@@ -159,7 +159,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--key-heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--gather-heads", type=int, nargs="+", default=[2, 8])
+    parser.add_argument("--gather-heads", type=int, nargs="+", default=[4])
     parser.add_argument("--ops", nargs="+", default=["512x12", "4096x12", "full"], help="full, or block size x top-k")
     parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES))
     parser.add_argument("--repeats", type=int, default=5)
@@ -170,7 +170,7 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     if options.quick:
         small = {"lengths": [256, 512], "balance_length": 512, "heads": 4, "key_heads": 2, "head_dim": 16}
-        vars(options).update(small, gather_heads=[2], ops=["16x3", "full"], repeats=2, seconds=0.1)
+        vars(options).update(small, gather_heads=[1], ops=["16x3", "full"], repeats=2, seconds=0.1)
     return options
 
 
@@ -201,11 +201,9 @@ def scaling(bench: Bench) -> None:
     one: dict[tuple[str, int], float] = {}
     seen: set[tuple[str, Variant]] = set()
     left_out: list[str] = []
-    longest = max(options.lengths)
-    # The longest rows last: with overlap, then without. What a budget cuts is the dearest and the least telling.
-    parts = [(length, variants) for length in sorted(options.lengths)[:-1]]
-    parts += [(longest, [v for v in variants if v.overlap is overlap]) for overlap in (True, False)]
-    for (length, chosen), name in itertools.product(parts, options.ops):
+    # What a budget cuts is the end: without overlap, the longest rows.
+    parts = itertools.product((True, False), sorted(options.lengths), options.ops)
+    for overlap, length, name in parts:
         for rows in sorted({length // size, length}):  # of weak scaling one device's share, too
             if (name, rows) in one:
                 continue
@@ -220,7 +218,9 @@ def scaling(bench: Bench) -> None:
             continue
         ideal = one[name, length] / size
         seq = SequenceInfo([0, length], zigzag(length, size).positions(bench.rank))
-        for variant in chosen:
+        for variant in variants:
+            if variant.overlap is not overlap:
+                continue
             guess = ideal if (name, variant) in seen else None
             if bench.left_s() < bench.cost_s(guess):
                 left_out.append(f"{title(name)}, {length} rows, {variant}, overlap {variant.overlap}")
