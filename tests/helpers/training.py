@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from moba_train.config.compose import compose
-from moba_train.config.schema import RunConfig
+from moba_train.config.schema import ModelConfig, RunConfig
 
-__all__ = ["SMALL", "corpus", "losses", "losses_of_layouts", "small_config"]
+__all__ = ["SMALL", "corpus", "losses", "losses_of_layouts", "shape_overrides", "small_config"]
 
 # Recipe tiny shrunk to milliseconds a step: four layers, MoBA and full in turn, documents of many blocks.
 SMALL = [
@@ -49,6 +49,21 @@ def corpus(folder: Path) -> Path:
 def small_config(data: Path, run: Path, *overrides: str) -> RunConfig:
     """`SMALL` on this corpus and run folder."""
     return compose([*SMALL, f"data.path={data}", f"run.dir={run}", *overrides])
+
+
+def shape_overrides(model: ModelConfig) -> list[str]:
+    """The overrides that give a recipe this model's shape."""
+    keys = ("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
+    more = (
+        "num_layers",
+        "qkv_bias",
+        "qk_norm",
+        "tie_embeddings",
+        "rope_base",
+        "norm_epsilon",
+        "max_position_embeddings",
+    )
+    return [f"model.{key}={getattr(model, key)}" for key in (*keys, *more)]
 
 
 def losses(config: RunConfig, steps: int, save: bool = False) -> list[tuple[float, float]]:

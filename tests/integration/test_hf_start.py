@@ -14,7 +14,7 @@ from moba_train.train.hf_start import check_hf_start
 from tests.helpers.hf import hf_logits, write_folder
 from tests.helpers.spawn import run_distributed
 from tests.helpers.tolerance import LOSS_RTOL, assert_close
-from tests.helpers.training import SMALL, corpus, losses
+from tests.helpers.training import SMALL, corpus, losses, shape_overrides
 
 pytestmark = pytest.mark.timeout(900)  # a spawned run has its own, shorter limit
 
@@ -62,7 +62,7 @@ def _starts(rank, world_size, data, root, folder, layouts):
     for name, overrides in layouts.items():
         direct = config_of(data, root / f"direct-{name}", f"checkpoint.init_from_hf={folder}", *YARN, *overrides)
         load = [f"checkpoint.load={root / 'core'}", "checkpoint.load_weights_only=true"]
-        shape = _shape_overrides(direct.model)
+        shape = shape_overrides(direct.model)
         converted = config_of(data, root / f"core-{name}", *load, *shape, *YARN, *overrides)
         found[name] = (losses(direct, 2, save=True), losses(converted, 2))
     return found
@@ -72,7 +72,7 @@ def _in_one_process(rank, world_size, data, root, folder, tokens):
     """Everything that takes one process: its curves, a run that goes on without the folder, one from scratch, and the
     logits of the runs of all layouts."""
     found = _starts(rank, world_size, data, root, folder, {"one": []})
-    shape = _shape_overrides(config_of(data, root, f"checkpoint.init_from_hf={folder}").model)
+    shape = shape_overrides(config_of(data, root, f"checkpoint.init_from_hf={folder}").model)
     shutil.copytree(root / "direct-one", root / "goes-on")
     found["goes on"] = losses(config_of(data, root / "goes-on", f"checkpoint.init_from_hf={root / 'gone'}", *YARN), 1)
     found["straight"] = losses(config_of(data, root / "straight", f"checkpoint.init_from_hf={folder}", *YARN), 3)
@@ -82,12 +82,6 @@ def _in_one_process(rank, world_size, data, root, folder, tokens):
         load = [f"checkpoint.load={root / f'direct-{name}'}", "checkpoint.load_weights_only=true"]
         found["logits"][name] = _core_logits(config_of(data, root / f"logits-{name}", *load, *shape, *YARN), tokens)
     return found
-
-
-def _shape_overrides(model):
-    keys = ("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
-    more = ("num_layers", "qkv_bias", "tie_embeddings", "rope_base", "norm_epsilon", "max_position_embeddings")
-    return [f"model.{key}={getattr(model, key)}" for key in (*keys, *more)]
 
 
 def _core_logits(config, tokens):
@@ -166,7 +160,7 @@ def test_what_does_not_fit_is_refused_before_the_launch(started, root, data, fol
     other = shutil.copytree(folder, tmp_path / "other")
     (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text() + "\n")
     assert "prepare_data.py --tokenizer" in str(refusal(check_hf_start, f"checkpoint.init_from_hf={other}"))
-    shape = _shape_overrides(config_of(data, root, start).model)
+    shape = shape_overrides(config_of(data, root, start).model)
     converted = f"checkpoint.load={root / 'core'}"
     assert refusal(checkpoint_folder.check, converted, *shape).key == "checkpoint.load_weights_only"
     checkpoint_folder.check(config_of(data, tmp_path / "run", converted, "checkpoint.load_weights_only=true", *shape))

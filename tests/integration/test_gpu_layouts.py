@@ -15,7 +15,7 @@ import torch
 from moba_train.config.compose import compose
 from tests.helpers.hf import write_folder
 from tests.helpers.spawn import run_distributed
-from tests.helpers.tolerance import LOW_PRECISION_GRAD_NORM_RTOL, LOW_PRECISION_LOSS_RTOL
+from tests.helpers.tolerance import BF16_LAYOUT_LOSS_RTOL, BF16_LAYOUT_NORM_RTOL
 from tests.helpers.training import losses
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
@@ -102,8 +102,8 @@ def curves(request: pytest.FixtureRequest, root: Path) -> dict[str, list[tuple[f
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layout_reproduces_one_gpu(curves: dict, layout: str) -> None:
     for (loss, norm), (expected_loss, expected_norm) in zip(curves[layout], curves["one"], strict=True):
-        assert loss == pytest.approx(expected_loss, rel=LOW_PRECISION_LOSS_RTOL)
-        assert norm == pytest.approx(expected_norm, rel=LOW_PRECISION_GRAD_NORM_RTOL)
+        assert loss == pytest.approx(expected_loss, rel=BF16_LAYOUT_LOSS_RTOL)
+        assert norm == pytest.approx(expected_norm, rel=BF16_LAYOUT_NORM_RTOL)
 
 
 def test_one_gpu_learns(curves: dict) -> None:
