@@ -17,12 +17,12 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing.context import ForkServerContext, SpawnContext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 __all__ = ["run_distributed"]
 
@@ -37,8 +37,7 @@ def run_distributed(fn: Callable, world_size: int, *args: Any, timeout: float = 
     Raises AssertionError with the failing ranks' tracebacks, or naming the ranks still running at the timeout.
     """
     with tempfile.TemporaryDirectory() as folder:
-        context = mp.get_context("spawn" if backend == "nccl" else "forkserver")
-        context.set_forkserver_preload(_PRELOAD)
+        context = _context(backend)
         environment = dict(os.environ)  # the server has that of its own start
         processes = [
             context.Process(target=_rank_main, args=(fn, rank, world_size, args, folder, timeout, backend, environment))
@@ -53,6 +52,14 @@ def run_distributed(fn: Callable, world_size: int, *args: Any, timeout: float = 
                 process.kill()
                 process.join()
         return [pickle.loads((Path(folder) / f"{rank}.result").read_bytes()) for rank in range(world_size)]
+
+
+def _context(backend: str) -> SpawnContext | ForkServerContext:
+    if backend == "nccl":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    return context
 
 
 def _wait(processes: list, folder: Path, timeout: float) -> None:
