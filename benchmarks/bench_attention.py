@@ -1,253 +1,316 @@
-"""Time MoBA's attention, gate and routing included, against the fastest dense kernel of the machine.
+"""Time MoBA's attention, gate and routing included, against the dense kernels of the machine.
 
-    python benchmarks/bench_attention.py [--settings small medium ...] [--lengths 8192 32768 ...] [--out FOLDER]
+    python benchmarks/bench_attention.py [--settings small ...] [--lengths 8192 ...] [--budget 420] [--out FOLDER]
 
-Every backend is first held to fp64 on a small case of its setting, and one that fails is not timed. Writes
-attention_<device>_<date>.csv, .md and .png: milliseconds (CUDA events, median) of forward and of forward with backward,
-peak memory of forward with backward (inputs, outputs and gradients counted), and the speed-up over dense.
+Every backend is first held to fp64 on a small case of its setting, and one that fails is not timed; these checks run
+side by side, which also compiles the kernels. `--budget` (seconds, checks included) takes repetitions away where time
+is short, never rows. A row that runs out of memory says so. Writes attention_<device>_<date>.csv, .md and .png.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
-import platform
+import contextlib
+import json
+import os
+import re
 import statistics
+import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-import triton
+from attention_report import Row, line, write
+from attention_shapes import DENSE, MOBA, SETTINGS, Attention, K, Setting, error_of, inputs, kernel
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
-from moba_train.attention import SequenceInfo, moba_attention, reference, select_blocks
-
-try:
-    from flash_attn.cute.interface import flash_attn_func as flash_attention_4
-except ImportError:
-    flash_attention_4 = None
-
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-class Setting(NamedTuple):
-    """A row of the table: what is attended to, at which lengths, and the speed-ups it must reach (length -> factor)."""
-
-    heads: int
-    key_heads: int
-    head_dim: int
-    block_size: int
-    top_k: int
-    lengths: tuple[int, ...]
-    goals: dict[int, float]
-
-
-K = 1024
-SETTINGS = {
-    "small": Setting(
-        16, 16, 128, 128, 8, (8 * K, 32 * K, 128 * K, 512 * K), {8 * K: 1, 32 * K: 3, 128 * K: 10, 512 * K: 30}
-    ),
-    "medium": Setting(32, 8, 128, 512, 12, (8 * K, 32 * K, 128 * K, 512 * K), {32 * K: 1.6, 128 * K: 6, 512 * K: 24}),
-    "1m": Setting(32, 8, 128, 4096, 12, (64 * K, 128 * K, 512 * K), {128 * K: 1.36, 512 * K: 4.64}),
-    "small-heads": Setting(32, 8, 64, 512, 12, (32 * K, 128 * K, 256 * K), {}),
-}
-
-
-class Row(NamedTuple):
-    """One measurement. `speedup` is of forward with backward over the fastest dense kernel of the same run."""
-
-    setting: str
-    length: int
-    kernel: str
-    forward_ms: float
-    both_ms: float
-    memory_gib: float
-    speedup: float
-    goal: float | None
+_LIMIT = 3.0  # of an error, in multiples of same-dtype torch's
+_FORWARD_ONLY = 1024 * K  # from here on dense backward takes a minute
+_TFLOPS = 450e12  # for guesses of how long a row takes
 
 
 def main() -> None:
     options = _options()
+    # Compiled kernels of FlashAttention 4 pass from the checks to the timing through its cache on disk.
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+    if options.check:
+        print(json.dumps(_check(*options.check.split(":"))))
+        return
+    deadline = time.monotonic() + options.budget
+    errors = _check_all(options)
+    plan = [
+        (name, length)
+        for name in options.settings
+        for length in options.lengths or SETTINGS[name].lengths
+        if length >= SETTINGS[name].block_size
+    ]
+    bench = Bench(options, errors, deadline, plan)
     rows: list[Row] = []
-    for name in options.settings:
-        setting = SETTINGS[name]
-        error = check_moba(setting)
-        print(
-            f"{name}: error {error:.2f} x same-dtype torch's, {'timed' if error <= 3 else 'FAILED, not timed'}",
-            flush=True,
+    for name, length in plan:
+        measured = bench.rows(name, length)
+        print("\n".join(map(line, measured)), flush=True)
+        rows += measured
+        sections = [_errors_section(errors), *bench.sections()]
+        write(rows, sections, options.out)
+    print("\n\n".join(bench.sections()))
+
+
+class Bench:
+    """Timings of one run; dense kernels are timed once for each shape of heads and length."""
+
+    def __init__(
+        self, options: argparse.Namespace, errors: dict[str, float], deadline: float, plan: list[tuple[str, int]]
+    ) -> None:
+        self.options, self.deadline = options, deadline
+        self.moba = {
+            name: [b for b in options.backends if errors.get(f"{name}:{b}", 99) <= _LIMIT] for name in SETTINGS
+        }
+        self.timed: dict[tuple, tuple] = {}
+        self.breakdowns: list[str] = []
+        self.waiting = {self._key(*row, k): self._guess(*row, k) for row in plan for k in self._kernels(*row)}
+        self.copy_bandwidth = _copy_bandwidth()
+
+    def rows(self, name: str, length: int) -> list[Row]:
+        """Rows of all dense kernels and of MoBA at one length."""
+        setting, rows = SETTINGS[name], []
+        for kernel_name in self._kernels(name, length):
+            key = self._key(name, length, kernel_name)
+            if key not in self.timed:
+                self.timed[key] = self._time(name, length, kernel_name)
+        times = {k: self.timed[self._key(name, length, k)] for k in self._kernels(name, length)}
+        dense = [times[k] for k in DENSE if k in times]
+        forward, both, memory = (min((t[i] for t in dense if t[i] is not None), default=None) for i in range(3))
+        lean = [times[k][2] for k in DENSE if k in times and "Flash" in k and times[k][2] is not None]
+        memory = min(lean, default=memory)
+        for kernel_name, (forward_ms, both_ms, gib, count, note) in times.items():
+            moba = kernel_name in MOBA
+            rows.append(
+                Row(
+                    name,
+                    length,
+                    f"moba {kernel_name}" if moba else kernel_name,
+                    forward_ms,
+                    both_ms,
+                    gib,
+                    _ratio(gib, memory),
+                    _ratio(forward, forward_ms),
+                    _ratio(both, both_ms),
+                    setting.ratio(length) if moba else None,
+                    setting.goals.get(length) if moba else None,
+                    setting.forward_goals.get(length) if moba else None,
+                    count,
+                    note,
+                )
+            )
+        return rows
+
+    def sections(self) -> list[str]:
+        """Markdown after the table: rates of the kernels alone."""
+        if not self.breakdowns:
+            return []
+        head = (
+            f"## The attention kernels alone\n\nCopy bandwidth {self.copy_bandwidth / 1e12:.2f} TB/s (read and write). "
+            "Device time of one forward and backward by kernel (profiler), ms.\n\n"
+            "| setting | length | backend | forward TFLOP/s | backward TFLOP/s | of cuDNN's | pairs, TB/s | kernels |\n"
+            "|---|---|---|---|---|---|---|---|\n"
         )
-        for length in options.lengths or setting.lengths:
-            measured = measure(name, setting, length, options, moba=error <= 3)
-            print("\n".join(map(_line, measured)), flush=True)
-            rows += measured
-        write(rows, options.out)
+        return [head + "\n".join(self.breakdowns)]
+
+    def _kernels(self, name: str, length: int) -> list[str]:
+        dense = [k for k in self.options.dense if length <= self.options.dense_to]
+        return dense + [k for k in MOBA if k in self.moba[name]]
+
+    def _key(self, name: str, length: int, kernel_name: str) -> tuple:
+        setting = SETTINGS[name]
+        return (kernel_name, length, *setting[: 5 if kernel_name in MOBA else 3])
+
+    def _guess(self, name: str, length: int, kernel_name: str) -> float:
+        setting = SETTINGS[name]
+        pairs = setting.moba_pairs(length) if kernel_name in MOBA else setting.dense_pairs(length)
+        slow = 2.0 if kernel_name in (*MOBA, "FlashAttention 2") else 1.0
+        steps = 1 if self._forward_only(length, kernel_name) else 3.5
+        return slow * steps * setting.flops(pairs, backward=False) / _TFLOPS
+
+    def _forward_only(self, length: int, kernel_name: str) -> bool:
+        return kernel_name in DENSE and length >= _FORWARD_ONLY
+
+    def _time(self, name: str, length: int, kernel_name: str) -> tuple:
+        """(forward ms, forward and backward ms, peak GiB, runs, note)."""
+        setting, key = SETTINGS[name], self._key(name, length, kernel_name)
+        guess = self.waiting.pop(key, 0.0)
+        attend = kernel(kernel_name, setting, length)
+        if attend is None:
+            return None, None, None, 0, "not installed"
+        # What rows still to come need at least, once each; the rest is shared for repetitions.
+        spare = (self.deadline - time.monotonic() - 2 * guess - sum(self.waiting.values())) / (1 + len(self.waiting))
+        passes = (False,) if self._forward_only(length, kernel_name) else (True, False)
+        result: tuple = (None, None, None, 0, "out of memory")
+        for backward in passes:
+            try:
+                result = _measure(attend, setting, length, guess, spare, backward=backward)
+                break
+            except torch.OutOfMemoryError:
+                pass
+            torch.cuda.empty_cache()
+        if result[1] is None and len(passes) == 2 and result[3]:
+            result = (*result[:4], "backward out of memory")
+        if kernel_name in MOBA and length in self.options.break_down and result[1] is not None:
+            self.breakdowns.append(self._break_down(name, length, kernel_name, attend))
+        torch.cuda.empty_cache()
+        return result
+
+    def _break_down(self, name: str, length: int, backend: str, attend: Attention) -> str:
+        setting = SETTINGS[name]
+        q, k, v = inputs(length, setting)
+        dout = torch.randn_like(q)
+        steps = []
+        for backward in (False, True):
+            with profile(activities=[ProfilerActivity.CUDA]) as trace:
+                out = attend(q, k, v)
+                if backward:
+                    out.backward(dout)
+                torch.cuda.synchronize()
+            times: dict[str, float] = {}
+            for event in trace.events():
+                if event.device_type == DeviceType.CUDA:
+                    label = _label(event.name)
+                    times[label] = times.get(label, 0.0) + event.time_range.elapsed_us() / 1e3
+            steps.append(times)
+        forward = steps[0]
+        after = {label: ms - forward.get(label, 0.0) for label, ms in steps[1].items()}
+        after = {label: ms for label, ms in after.items() if ms > 0.005}
+        rates, shares = [], []
+        dense = self.timed.get(self._key(name, length, "cuDNN"), (None, None))
+        for backward, times in ((False, forward), (True, after)):
+            attention = sum(ms for label, ms in times.items() if label.startswith("*"))
+            rate = setting.flops(setting.moba_pairs(length), backward=backward) / max(attention, 1e-9) * 1e3
+            rates.append(f"{rate / 1e12:.0f}")
+            cudnn = dense[0] if not backward else (dense[1] or 0) - (dense[0] or 0)
+            if cudnn:
+                work = setting.flops(setting.dense_pairs(length), backward=backward)
+                shares.append(f"{rate * cudnn / 1e3 / work:.0%}")
+        pairs = (
+            setting.moba_pairs(length) - setting.dense_pairs(setting.block_size) * (length // setting.block_size)
+        ) * (setting.heads / setting.block_size)
+        row_bytes = 2 * setting.head_dim
+        moved = [("*pairs", forward, 2 * row_bytes + 8), ("*key_gradient", after, 4 * row_bytes + 16)]
+        speeds = [f"{pairs * size / times[n] / 1e9:.2f}" for n, times, size in moved if n in times]
+        parts = " · ".join(f"{t}: " + ", ".join(_top(times)) for t, times in (("fwd", forward), ("bwd", after)))
+        cells = [name, f"{length // K}K", backend, *rates, " / ".join(shares), " / ".join(speeds), parts]
+        return "| " + " | ".join(cells) + " |"
 
 
-def check_moba(setting: Setting) -> float:
-    """The largest error of out and gradients against fp64, in multiples of same-dtype torch's (3 is the limit)."""
-    torch.manual_seed(1)
-    heads = setting.heads // setting.key_heads
-    length = 2 * setting.block_size + 700
-    seq, block_size = SequenceInfo([0, length - 300, length]), setting.block_size
-    q, k, v = _inputs(length, setting._replace(heads=heads, key_heads=1))
+def _label(name: str) -> str:
+    """A kernel's short name, with a star where it computes attention."""
+    if "FlashAttention" in name or "flash" in name:
+        for part in ("Preprocess", "Postprocess", "Forward", "Backward"):
+            if part in name or part.lower() in name:
+                return ("*" if part in ("Forward", "Backward") else "") + f"fa4 {part.lower()}"
+    found = re.match(r"_?(resident_)?(pairs|own|key_gradient)_kernel", name)
+    if found:
+        return "*" + found[2]
+    return re.sub(r"[<(].*", "", name.removeprefix("void ")).split("::")[-1].strip()[:40]
+
+
+def _top(times: dict[str, float]) -> list[str]:
+    ranked = sorted(times.items(), key=lambda item: -item[1])
+    rest = sum(ms for _, ms in ranked[9:])
+    return [f"{label} {ms:.2f}" for label, ms in ranked[:9]] + ([f"other {rest:.2f}"] if rest > 0.01 else [])
+
+
+def _measure(
+    attend: Attention, setting: Setting, length: int, guess: float, spare: float, *, backward: bool
+) -> tuple[float, float | None, float, int, str]:
+    q, k, v = inputs(length, setting)
     dout = torch.randn_like(q)
-    picks = select_blocks(q, k, seq, block_size=block_size, top_k=2, backend="portable")
-    mask = reference.moba_mask(seq, picks, block_size)
 
-    def run(attend: Attention, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
-        out = attend(*leaves)
-        return out, *torch.autograd.grad(out, leaves, dout.to(dtype))
-
-    def masked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return reference.masked_attention(q, k, v, mask, setting.head_dim**-0.5)[0]
-
-    def moba(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return moba_attention(q, k, v, seq, block_size=block_size, top_k=2, picks=picks)[0]
-
-    exact, same_dtype = run(masked, torch.float64), run(masked, torch.bfloat16)
-    actual = run(moba, torch.bfloat16)
-    if not all(torch.isfinite(tensor).all() for tensor in actual):
-        return float("inf")
-    errors = [
-        float((got.double() - want).abs().max() / (base.double() - want).abs().max())
-        for got, base, want in zip(actual, same_dtype, exact, strict=True)
-    ]
-    # Outputs may err twice as much as torch, gradients thrice: scaled, one limit serves.
-    return max(1.5 * errors[0], *errors[1:])
-
-
-def measure(name: str, setting: Setting, length: int, options: argparse.Namespace, *, moba: bool) -> list[Row]:
-    """Rows of all dense kernels and of MoBA at one length; a kernel that runs out of memory or is absent has none."""
-    seq = SequenceInfo([0, length])
-    timed: dict[str, tuple[float, float, float]] = {}
-    for kernel, attend in dense_kernels():
-        if length <= options.dense_to:
-            timed[kernel] = time_kernel(attend, setting, length)
-    bar = min((both for _, both, _ in timed.values()), default=float("nan"))
-    if moba:
-
-        def attend_moba(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return moba_attention(q, k, v, seq, block_size=setting.block_size, top_k=setting.top_k)[0]
-
-        timed["moba"] = time_kernel(attend_moba, setting, length)
-    return [
-        Row(name, length, kernel, *times, bar / times[1], setting.goals.get(length) if kernel == "moba" else None)
-        for kernel, times in timed.items()
-    ]
-
-
-def dense_kernels() -> Iterator[tuple[str, Attention]]:
-    """Causal attention of one document by every dense kernel that is installed."""
-    if flash_attention_4 is not None:
-
-        def by_flash_4(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            out = flash_attention_4(q[None], k[None], v[None], causal=True)
-            return (out[0] if isinstance(out, tuple) else out)[0]
-
-        yield "FlashAttention 4", by_flash_4
-    for kernel, backend in (("cuDNN", SDPBackend.CUDNN_ATTENTION), ("FlashAttention 2", SDPBackend.FLASH_ATTENTION)):
-
-        def by_torch(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend = backend) -> Tensor:
-            grouped = q.shape[1] != k.shape[1]
-            q, k, v = (tensor.transpose(0, 1)[None] for tensor in (q, k, v))
-            with sdpa_kernel(backend):
-                out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-            return out[0].transpose(0, 1)
-
-        yield kernel, by_torch
-
-
-def time_kernel(attend: Attention, setting: Setting, length: int) -> tuple[float, float, float]:
-    """(forward ms, forward and backward ms, peak GiB of both)."""
-    q, k, v = _inputs(length, setting)
-    dout = torch.randn_like(q)
-
-    def both() -> None:
+    def step() -> tuple[float, float]:
         q.grad = k.grad = v.grad = None
-        attend(q, k, v).backward(dout)
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
+        with contextlib.nullcontext() if backward else torch.no_grad():
+            marks[0].record()
+            out = attend(q, k, v)
+            marks[1].record()
+            if backward:
+                out.backward(dout)
+            marks[2].record()
+        torch.cuda.synchronize()
+        return marks[0].elapsed_time(marks[1]), marks[0].elapsed_time(marks[2])
 
-    both()
-    torch.cuda.synchronize()
-    q.grad = k.grad = v.grad = None
+    if guess < 2.0:
+        step()  # compiles and warms up; a row of seconds needs neither, its kernels ran at shorter lengths
     torch.cuda.reset_peak_memory_stats()
-    both()
+    times = [step()]
     peak = torch.cuda.max_memory_allocated() / 2**30
-    with torch.no_grad():
-        forward_ms = _median(lambda: attend(q, k, v))
-    return forward_ms, _median(both), peak
+    count = 1 + int(min(max(spare, 0.0), 0.6) * 1e3 / times[0][1])
+    times += [step() for _ in range(min(count, 20) - 1)]
+    forward_ms, both_ms = (statistics.median(column) for column in zip(*times, strict=True))
+    return forward_ms, both_ms if backward else None, peak, len(times), ""
 
 
-def write(rows: list[Row], folder: Path) -> None:
-    """The CSV, the Markdown table and the log-log picture."""
-    folder.mkdir(parents=True, exist_ok=True)
-    device = torch.cuda.get_device_name().lower().replace("nvidia ", "").split()[0]
-    stem = folder / f"attention_{device}_{datetime.date.today()}"
-    with stem.with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(Row._fields)
-        writer.writerows(rows)
-    versions = f"torch {torch.__version__}, CUDA {torch.version.cuda}, triton {triton.__version__}"
-    header = [
-        f"# Attention on {torch.cuda.get_device_name()}, {datetime.date.today()}",
-        "",
-        f"{versions}, Python {platform.python_version()}. bf16, batch 1, random inputs.",
-        "CUDA events, median; MoBA with gate and routing.",
-        "",
-        f"Command: `python {' '.join(sys.argv)}`",
-        "",
-        "| setting | length | kernel | forward ms | forward + backward ms | peak GiB | speed-up over dense | goal |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    stem.with_suffix(".md").write_text("\n".join([*header, *map(_line, rows)]) + "\n")
-    draw(rows, stem.with_suffix(".png"))
+def _check_all(options: argparse.Namespace) -> dict[str, float]:
+    """The error of every backend at every setting, each in a process of its own, which fills the compilers' caches."""
+    jobs = [f"{name}:{backend}" for name in options.settings for backend in options.backends]
+    if "FlashAttention 4" in options.dense:  # compiled once for each shape of heads
+        jobs += [
+            f"{name}:FlashAttention 4" for name in {SETTINGS[name][:3]: name for name in options.settings}.values()
+        ]
+    start = time.monotonic()
+    running = {job: _process(job) for job in jobs}
+    errors: dict[str, float] = {}
+    for job, process in running.items():
+        output, _ = process.communicate(timeout=options.budget)
+        if process.returncode == 0:
+            found = json.loads(output.strip().splitlines()[-1])
+        else:
+            found = {"error": float("inf"), "why": output[-1500:]}
+        if job.split(":")[1] in MOBA:
+            errors[job] = found["error"]
+        verdict = "" if found["error"] <= _LIMIT else f" FAILED, not timed {found.get('why', '')}"
+        print(
+            f"check {job}: {found['error']:.2f} x torch's error, {found.get('seconds', 0):.0f} s{verdict}", flush=True
+        )
+    print(f"checks: {time.monotonic() - start:.0f} s", flush=True)
+    return errors
 
 
-def draw(rows: list[Row], path: Path) -> None:
-    """Forward and backward time over length, one panel a setting."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    names = list(dict.fromkeys(row.setting for row in rows))
-    figure, axes = pyplot.subplots(1, len(names), figsize=(5 * len(names), 4), squeeze=False)
-    for axis, name in zip(axes[0], names, strict=True):
-        for kernel in dict.fromkeys(row.kernel for row in rows if row.setting == name):
-            points = [(row.length, row.both_ms) for row in rows if (row.setting, row.kernel) == (name, kernel)]
-            axis.loglog(*zip(*points, strict=True), "o-", label=kernel)
-        axis.set(title=name, xlabel="tokens", ylabel="forward + backward, ms")
-        axis.grid(True, which="both", alpha=0.3)
-        axis.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+def _process(job: str) -> subprocess.Popen:
+    command = [sys.executable, __file__, "--check", job]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ)
 
 
-def _line(row: Row) -> str:
-    goal = "" if row.goal is None else f"{row.goal:g}"
-    return (
-        f"| {row.setting} | {row.length // K}K | {row.kernel} | {row.forward_ms:.2f} | {row.both_ms:.2f} | "
-        f"{row.memory_gib:.2f} | {row.speedup:.2f} | {goal} |"
-    )
+def _check(name: str, kernel_name: str) -> dict[str, float]:
+    start, setting = time.monotonic(), SETTINGS[name]
+    error = error_of(kernel_name, setting) if kernel_name in MOBA else 0.0
+    if error <= _LIMIT:
+        for length in (max(8 * K, 2 * setting.block_size), 32 * K):
+            attend = kernel(kernel_name, setting, length)
+            if attend is not None:
+                q, k, v = inputs(length, setting)
+                attend(q, k, v).sum().backward()
+        torch.cuda.synchronize()
+    return {"error": error, "seconds": time.monotonic() - start}
 
 
-def _inputs(length: int, setting: Setting) -> list[Tensor]:
-    heads = (setting.heads, setting.key_heads, setting.key_heads)
-    return [
-        torch.randn(length, count, setting.head_dim, dtype=torch.bfloat16, device="cuda", requires_grad=True)
-        for count in heads
-    ]
+def _errors_section(errors: dict[str, float]) -> str:
+    rows = [f"| {job.replace(':', ' | ')} | {error:.2f} |" for job, error in errors.items()]
+    head = "## Errors against fp64\n\nThe largest of out's (times 1.5) and the gradients', in multiples of same-dtype "
+    return head + "torch's; 3 is the limit.\n\n| setting | backend | error |\n|---|---|---|\n" + "\n".join(rows)
 
 
-def _median(run: Callable[[], object]) -> float:
-    times: list[float] = []
-    # About half a second of work, at least three runs: a step at 512K takes seconds.
-    while len(times) < 3 or (sum(times) < 500 and len(times) < 20):
+def _copy_bandwidth() -> float:
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / _median(lambda: target.copy_(source)) * 1e3
+
+
+def _median(run: Callable[[], Tensor]) -> float:
+    times = []
+    for _ in range(8):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         run()
@@ -257,12 +320,21 @@ def _median(run: Callable[[], object]) -> float:
     return statistics.median(times)
 
 
+def _ratio(numerator: float | None, denominator: float | None) -> float | None:
+    return None if numerator is None or denominator is None else numerator / denominator
+
+
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--lengths", nargs="+", type=int, help="instead of each setting's own")
+    parser.add_argument("--backends", nargs="+", choices=MOBA, default=list(MOBA))
+    parser.add_argument("--dense", nargs="*", choices=DENSE, default=list(DENSE))
     parser.add_argument("--dense-to", type=int, default=1 << 20, help="longest length at which dense kernels run")
+    parser.add_argument("--break-down", nargs="*", type=int, default=[8 * K, 32 * K, 128 * K], help="profiled lengths")
+    parser.add_argument("--budget", type=float, default=420, help="seconds in all, checks included")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--check", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moba_train.attention import gate
+from moba_train.attention import choice, flash_library, gate
 from moba_train.attention.sequence import SequenceInfo
 
 __all__ = ["convolve_keys", "full_attention", "moba_attention", "select_blocks", "select_from_means"]
@@ -39,6 +39,7 @@ _BACKENDS: dict[str, dict[str, str]] = {
         "reference": "moba_train.attention.reference",
         "portable": "moba_train.attention.portable",
         "triton": "moba_train.attention.kernels.moba",
+        "flash": "moba_train.attention.flash",
     },
     "convolve_keys": {
         "reference": "moba_train.attention.reference",
@@ -48,18 +49,19 @@ _BACKENDS: dict[str, dict[str, str]] = {
     "full_attention": {
         "reference": "moba_train.attention.reference",
         "sdpa": "moba_train.attention.dense",
+        "flash": "moba_train.attention.flash",
         "triton": "moba_train.attention.kernels.moba",
     },
 }
 _AUTO: dict[str, dict[str, tuple[str, ...]]] = {
     "select_from_means": {"cpu": ("portable",), "cuda": ("triton", "portable")},
-    "moba_attention": {"cpu": ("portable",), "cuda": ("triton", "portable")},
+    "moba_attention": {"cpu": ("portable",), "cuda": ("triton", "flash", "portable")},
     "convolve_keys": {"cpu": ("portable",), "cuda": ("triton", "portable")},
     "full_attention": {"cpu": ("sdpa",), "cuda": ("flash", "sdpa", "reference")},
 }
 _SLOW_ON_GPU = ("reference", "portable")  # these alone compute fp64 there
 _NAMES = ("auto", "reference", "portable", "sdpa", "triton", "flash")
-_logged: set[tuple[str, torch.device, torch.dtype]] = set()
+_logged: set[tuple[str, str, torch.device, torch.dtype]] = set()
 
 
 def select_blocks(
@@ -152,7 +154,7 @@ def moba_attention(
         force_previous_block, share_picks_in_group: how blocks are selected, as in `select_blocks`.
         picks: int32 [T, H, K] as `select_blocks` returns them, whatever the options above; default: selected here.
             Required with `k_positions`. A block twice in one row would count twice.
-        backend: "auto", "reference", "portable" or "triton".
+        backend: "auto", "reference", "portable", "triton" or "flash".
 
     A query that sees no held key has out 0, lse -inf and zero gradient. Without `picks`, where top_k blocks cover every
     document this is full attention, and every backend but the reference may answer with that.
@@ -162,7 +164,9 @@ def moba_attention(
     """
     _check_inputs(q_THD, k_SGD, v_SGD, seq)
     _check_sizes(block_size, top_k, force_previous_block)
-    attend: _Attention = _function("moba_attention", backend, q_THD)
+    attend: _Attention = _function(
+        "moba_attention", backend, q_THD, first=choice.moba_backend(block_size, seq.max_document)
+    )
     if picks is None:
         if seq.k_positions is not None:
             raise ValueError(
@@ -205,7 +209,7 @@ def full_attention(
 
     Args:
         softmax_scale: default 1 / sqrt(D).
-        backend: "auto", "reference", "sdpa" or "flash".
+        backend: "auto", "reference", "sdpa", "flash" or "triton".
 
     Raises:
         ValueError: mismatched inputs, or a backend that is not there.
@@ -245,11 +249,13 @@ def convolve_keys(k_SGD: Tensor, weight_GDW: Tensor, seq: SequenceInfo, *, backe
     return convolve(k_SGD, weight_GDW, seq)
 
 
-def _function(op: str, backend: str, q_THD: Tensor) -> Callable[..., Any]:
+def _function(op: str, backend: str, q_THD: Tensor, *, first: str | None = None) -> Callable[..., Any]:
+    """The function of the backend; under "auto" that of `first`, if it serves these queries."""
     if backend == "auto":
         kind = "cpu" if q_THD.device.type == "cpu" else "cuda"
         any_dtype = kind == "cpu" or q_THD.dtype != torch.float64
-        name = next(n for n in _AUTO[op][kind] if n in _BACKENDS[op] and (any_dtype or n in _SLOW_ON_GPU))
+        names = [n for n in _AUTO[op][kind] if (any_dtype or n in _SLOW_ON_GPU) and _serves(n, q_THD)]
+        name = first if first in names else names[0]
         _log_choice(op, name, q_THD)
     elif backend in _BACKENDS[op]:
         name = backend
@@ -260,8 +266,12 @@ def _function(op: str, backend: str, q_THD: Tensor) -> Callable[..., Any]:
     return getattr(importlib.import_module(_BACKENDS[op][name]), op)
 
 
+def _serves(name: str, q_THD: Tensor) -> bool:
+    return name != "flash" or flash_library.refusal(q_THD) is None
+
+
 def _log_choice(op: str, name: str, q_THD: Tensor) -> None:
-    key = (op, q_THD.device, q_THD.dtype)
+    key = (op, name, q_THD.device, q_THD.dtype)
     if key in _logged:
         return
     _logged.add(key)

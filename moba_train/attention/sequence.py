@@ -9,7 +9,7 @@ Letters: T query tokens, S key rows of the whole batch, N blocks, E documents.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["BlockTable", "DenseRun", "DeviceSequence", "KeyWindow", "SequenceInfo"]
+__all__ = ["BlockTable", "DenseRun", "DeviceSequence", "KeyWindow", "SequenceInfo", "copy_to"]
 
 
 class DeviceSequence(NamedTuple):
@@ -79,7 +79,7 @@ class BlockTable:
             return self
         if device not in self._on:
             host = {f.name: getattr(self, f.name) for f in fields(self)}
-            moved: dict[str, Any] = {name: _copy(x, device) for name, x in host.items() if isinstance(x, Tensor)}
+            moved: dict[str, Any] = {name: copy_to(x, device) for name, x in host.items() if isinstance(x, Tensor)}
             self._on[device] = replace(self, **moved, _on={})
         return self._on[device]
 
@@ -124,6 +124,7 @@ class SequenceInfo:
         self._blocks: dict[int, BlockTable] = {}
         self._on: dict[torch.device, DeviceSequence] = {}
         self._windows: dict[tuple[int, torch.device], KeyWindow] = {}
+        self._made: dict[Hashable, Any] = {}
 
     def __repr__(self) -> str:
         return (
@@ -135,9 +136,9 @@ class SequenceInfo:
         """Bounds and positions as tensors on `device`, copied there once."""
         device = torch.device(device)
         if device not in self._on:
-            held = None if self.k_positions is None else _copy(self.k_positions, device)
+            held = None if self.k_positions is None else copy_to(self.k_positions, device)
             self._on[device] = DeviceSequence(
-                _copy(self.cu_seqlens.to(torch.int32), device), _copy(self._query_rows, device), held
+                copy_to(self.cu_seqlens.to(torch.int32), device), copy_to(self._query_rows, device), held
             )
         return self._on[device]
 
@@ -155,24 +156,38 @@ class SequenceInfo:
         """
         key = (width, torch.device(device))
         if key not in self._windows:
-            self._windows[key] = KeyWindow(*(_copy(x, key[1]) for x in self._build_window(width)))
+            self._windows[key] = KeyWindow(*(copy_to(x, key[1]) for x in self._build_window(width)))
         return self._windows[key]
 
     @cached_property
     def runs(self) -> list[DenseRun]:
         """Dense causal attention cut into rectangles and squares: maximal runs of neighbouring queries."""
+        return self._cut(self._document_of(self._query_rows), self._held_before(self.cu_seqlens))
+
+    def own_runs(self, block_size: int) -> list[DenseRun]:
+        """`runs` of causal attention within the queries' own blocks of `block_size` tokens."""
+        table = self.blocks(block_size)
+        return self._cut(table.own_T, table.held_start_N)
+
+    def once(self, key: Hashable, build: Callable[[], Any]) -> Any:
+        """What `build` makes of this batch, made on the first call with `key` and kept with the batch."""
+        if key not in self._made:
+            self._made[key] = build()
+        return self._made[key]
+
+    def _cut(self, part_T: Tensor, first_of_part: Tensor) -> list[DenseRun]:
+        # Runs within parts (documents or blocks): query t sees the keys of part_T[t], from held row first_of_part on.
         rows = self._query_rows
         if len(rows) == 0:
             return []
         before = self._held_before(rows)
         held = self._held_before(rows + 1) - before
-        document = self._document_of(rows)
-        new_run = (rows.diff() != 1) | (document.diff() != 0) | (held.diff() != 0)
+        new_run = (rows.diff() != 1) | (part_T.diff() != 0) | (held.diff() != 0)
         start = torch.cat([torch.zeros(1, dtype=torch.int64), new_run.nonzero().flatten() + 1])
         end = torch.cat([start[1:], torch.tensor([len(rows)])])
         diagonal = before[start]
         stop = diagonal + held[start] * (end - start)
-        first = self._held_before(self.cu_seqlens[document[start]])
+        first = first_of_part[part_T[start]]
         return [DenseRun(*run) for run in torch.stack([start, end, first, diagonal, stop], 1).tolist()]
 
     @cached_property
@@ -263,6 +278,7 @@ def _positions(values: Sequence[int] | Tensor | None, name: str, num_keys: int) 
     return positions
 
 
-def _copy(tensor: Tensor, device: torch.device) -> Tensor:
+def copy_to(tensor: Tensor, device: torch.device) -> Tensor:
+    """A host tensor on `device`, without waiting for its stream."""
     # From pageable memory the copy would wait for the stream.
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

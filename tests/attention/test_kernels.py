@@ -9,7 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from moba_train.attention import SequenceInfo, convolve_keys, full_attention, moba_attention, reference, select_blocks
+from moba_train.attention import (
+    SequenceInfo,
+    convolve_keys,
+    flash_library,
+    full_attention,
+    moba_attention,
+    reference,
+    select_blocks,
+)
 from tests.helpers.cases import CASES_BY_NAME, Case, Inputs, run_op, zigzag_positions
 from tests.helpers.tolerance import assert_low_precision
 
@@ -69,25 +77,33 @@ def _picks(case: Case, inputs: Inputs, backend: str = "portable") -> Tensor:
     return select_blocks(inputs.q_THD, inputs.k_SGD, case.sequence(), **sizes, backend=backend)
 
 
-def _moba(case: Case, picks: Tensor):
+def _moba(case: Case, picks: Tensor, backend: str = "triton", **options):
     sizes = case.routing
-    return partial(moba_attention, seq=case.sequence(), picks=picks, **sizes, backend="triton")
+    return partial(moba_attention, seq=case.sequence(), picks=picks, **sizes, backend=backend, **options)
+
+
+@pytest.fixture(params=["triton", "flash"])
+def backend(request: pytest.FixtureRequest) -> str:
+    refusal = flash_library.refusal(torch.empty(0, 1, 64, dtype=torch.bfloat16, device="cuda"))
+    if request.param == "flash" and refusal is not None:
+        pytest.skip(refusal)
+    return request.param
 
 
 @pytest.mark.parametrize(("case", "dtype"), RUNS, ids=str)
-def test_moba_errs_no_more_than_torch(case: Case, dtype: torch.dtype) -> None:
+def test_moba_errs_no_more_than_torch(case: Case, dtype: torch.dtype, backend: str) -> None:
     picks = _picks(case, case.inputs(dtype, "cuda"))
     mask = reference.moba_mask(case.sequence(), picks, case.block_size)
     expected = partial(reference.masked_attention, mask_THS=mask, scale=case.head_dim**-0.5)
-    _check(_moba(case, picks), expected, case, dtype)
+    _check(_moba(case, picks, backend), expected, case, dtype)
 
 
 @pytest.mark.parametrize("case", SHAPES, ids=str)
-def test_full_errs_no_more_than_torch(case: Case) -> None:
+def test_full_errs_no_more_than_torch(case: Case, backend: str) -> None:
     seq = case.sequence()
     mask = reference.full_mask(seq).cuda()[:, None].expand(-1, case.heads, -1)
     expected = partial(reference.masked_attention, mask_THS=mask, scale=case.head_dim**-0.5)
-    _check(partial(full_attention, seq=seq, backend="triton"), expected, case, torch.bfloat16)
+    _check(partial(full_attention, seq=seq, backend=backend), expected, case, torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

@@ -11,11 +11,20 @@ import os
 import subprocess
 import sys
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
 
-from moba_train.attention import convolve_keys, full_attention, moba_attention, reference, select_blocks
+from moba_train.attention import (
+    SequenceInfo,
+    convolve_keys,
+    full_attention,
+    merge,
+    moba_attention,
+    reference,
+    select_blocks,
+)
 from moba_train.attention.gate import block_means, block_sums
 from tests.helpers.cases import CASES_BY_NAME, Case, Inputs, Result, run_op
 from tests.helpers.tolerance import assert_close, assert_low_precision
@@ -39,6 +48,18 @@ GATE = (
     "previous-forced-zigzag",
     "picks-shared-ties",
     "picks-shared-decode",
+)
+FLASH = (
+    "no-queries",
+    "only-empty-documents",
+    "empty-documents",
+    "top-1",
+    "gqa-odd-group",
+    "strided-inputs",
+    "query-subset",
+    "zigzag-one-document",
+    "decode-batch",
+    "blocks-without-queries",
 )
 FP16 = ("empty-documents", "mqa", "chunked-prefill")
 
@@ -69,6 +90,56 @@ def _scalar_loop_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch)
+
+
+@pytest.fixture
+def flash_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlashAttention's varlen contract in plain torch, in the dtype of its inputs."""
+    from moba_train.attention import flash_library
+
+    def forward(q, k, v, queries, keys, *, max_queries, max_keys, causal, scale, out_PHD=None):
+        out = torch.full_like(q, torch.nan) if out_PHD is None else out_PHD
+        lse = q.new_full((q.shape[1], q.shape[0]), torch.nan)
+        for rows, columns in _sequences(queries, keys, max_queries, max_keys):
+            q_LHD, k_ZGD, v_ZGD = q[rows], k[columns], v[columns]
+            mask = torch.ones(len(q_LHD), len(k_ZGD), dtype=torch.bool)
+            mask = mask.tril(len(k_ZGD) - len(q_LHD)) if causal else mask
+            mask_LHZ = mask[:, None].expand(-1, q.shape[1], -1)
+            out[rows], part_lse = reference.masked_attention(q_LHD, k_ZGD, v_ZGD, mask_LHZ, scale)
+            lse[:, rows] = part_lse.T
+        return out, lse
+
+    def backward(dout, dlse, q, k, v, out, lse, queries, keys, *, causal, scale, deterministic, dq_PHD=None, **sizes):
+        dq = torch.full_like(q, torch.nan) if dq_PHD is None else dq_PHD
+        dk, dv = torch.zeros_like(k), torch.zeros_like(v)
+        ratio = q.shape[1] // k.shape[1]
+        for rows, columns in _sequences(queries, keys, **sizes):
+            k_ZHD, v_ZHD = (x[columns].repeat_interleave(ratio, 1) for x in (k, v))
+            scores = torch.einsum("lhd,zhd->hlz", q[rows], k_ZHD) * scale
+            if causal:
+                seen = torch.ones(scores.shape[1:], dtype=torch.bool).tril(scores.shape[2] - scores.shape[1])
+                scores = scores.masked_fill(~seen, -torch.inf)
+            weights = (scores - lse[:, rows, None]).exp()
+            delta = (dout[rows] * out[rows]).sum(-1).T - (0 if dlse is None else dlse[:, rows])
+            ds = weights * (torch.einsum("lhd,zhd->hlz", dout[rows], v_ZHD) - delta[..., None]) * scale
+            dq[rows] = torch.einsum("hlz,zhd->lhd", ds, k_ZHD)
+            for total, part in ((dk, (ds, q[rows])), (dv, (weights, dout[rows]))):
+                total[columns] = torch.einsum("hlz,lhd->zhd", *part).unflatten(1, (-1, ratio)).sum(2)
+        return dq, dk, dv
+
+    monkeypatch.setattr(flash_library, "refusal", lambda q_THD: None)
+    monkeypatch.setattr(flash_library, "forward", forward)
+    monkeypatch.setattr(flash_library, "backward", backward)
+
+
+def _sequences(queries, keys, max_queries, max_keys):
+    assert queries[0] == keys[0] == 0
+    bounds = zip(pairwise(queries), pairwise(keys), strict=True)
+    for (first, last), (key, key_end) in bounds:
+        assert 0 <= last - first <= max_queries
+        if last > first:
+            assert 0 < key_end - key <= max_keys, "a sequence with queries has keys"
+            yield slice(int(first), int(last)), slice(int(key), int(key_end))
 
 
 def _attend(case: Case, picks: torch.Tensor, **options):
@@ -102,6 +173,43 @@ def test_fp32_equals_reference(name: str) -> None:
     run = partial(moba_attention, seq=seq, picks=picks, **sizes, backend="reference")
     expected = run_op(run, inputs)
     actual = run_op(_attend(case, picks), inputs)
+    for field, got, want in zip(Result._fields, actual, expected, strict=True):
+        assert_close(got, want, torch.float32, field)
+
+
+@interpreted
+@pytest.mark.parametrize("name", FLASH)
+def test_flash_equals_reference(name: str, flash_stand_in: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of the flash backend but the library's own kernels; every few pairs a slice of their own."""
+    from moba_train.attention import flash
+
+    monkeypatch.setattr(flash, "_STAGING", 0.0)
+    monkeypatch.setattr(flash, "_STAGING_FLOOR", 2**16)
+    case = CASES_BY_NAME[name]
+    seq, inputs = case.sequence(), case.inputs(torch.float32)
+    picks = _picks(case, inputs)
+    sizes = case.routing
+    for op in (partial(moba_attention, picks=picks, **sizes), full_attention):
+        expected, actual = (run_op(partial(op, seq=seq, backend=backend), inputs) for backend in ("reference", "flash"))
+        for field, got, want in zip(Result._fields, actual, expected, strict=True):
+            assert_close(got, want, torch.float32, field)
+
+
+@interpreted
+def test_flash_partial_keys_merge_to_the_whole(flash_stand_in: None) -> None:
+    case = CASES_BY_NAME["zigzag-last-rank"]
+    inputs, whole = case.inputs(torch.float32), case.sequence()
+    picks = _picks(case, inputs)
+    run = partial(moba_attention, picks=picks, block_size=case.block_size, top_k=case.top_k)
+
+    def in_parts(q, k, v):
+        parts = []
+        for rows in (range(16), range(16, 52), range(52, 64)):
+            seq = SequenceInfo(case.cu_seqlens, case.q_positions, tuple(rows))
+            parts.append(run(q, k[list(rows)], v[list(rows)], seq, backend="flash"))
+        return merge(parts)
+
+    expected, actual = run_op(partial(run, seq=whole, backend="reference"), inputs), run_op(in_parts, inputs)
     for field, got, want in zip(Result._fields, actual, expected, strict=True):
         assert_close(got, want, torch.float32, field)
 

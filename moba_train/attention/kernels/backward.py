@@ -52,7 +52,7 @@ def launch_backward(
     dv_SGD = torch.zeros_like(dk_SGD)
     if num_tokens == 0 or num_keys == 0:
         return torch.zeros_like(q_THD, memory_format=torch.contiguous_format), dk_SGD, dv_SGD
-    lse2_TH, delta_TH = _row_terms(dout_THD, dlse_TH, out_THD, lse_TH)
+    lse2_TH, delta_TH = row_terms(dout_THD, dlse_TH, out_THD, lse_TH)
     if top_k > 1:
         lists = route(picks_THK, num_kv_heads, num_blocks, deterministic=deterministic)
     else:
@@ -116,7 +116,7 @@ def launch_backward(
     return dq_THD, dk_SGD, dv_SGD
 
 
-def _row_terms(dout_THD: Tensor, dlse_TH: Tensor | None, out_THD: Tensor, lse_TH: Tensor) -> tuple[Tensor, Tensor]:
+def row_terms(dout_THD: Tensor, dlse_TH: Tensor | None, out_THD: Tensor, lse_TH: Tensor) -> tuple[Tensor, Tensor]:
     num_tokens, num_heads, head_dim = out_THD.shape
     lse2_TH = torch.empty_like(lse_TH)
     delta_TH = torch.empty_like(lse_TH)

@@ -22,16 +22,19 @@ _FEW_SEGMENTS, _MANY_SEGMENTS = 1 << 21, 1 << 26
 
 
 class PairLists(NamedTuple):
-    """List l holds pairs[starts[l * stride] : ends[l * stride]]."""
+    """List l holds pairs[starts[l * stride] : ends[l * stride]]; `places` is the inverse where asked for."""
 
     pairs: Tensor
     starts: Tensor
     ends: Tensor
     stride: int
     num_lists: int
+    places: Tensor | None = None  # [T * H * (K - 1)]: where each (row, slot) is in `pairs`, -1 for no pick
 
 
-def route(picks_THK: Tensor, num_kv_heads: int, num_blocks: int, *, deterministic: bool = False) -> PairLists:
+def route(
+    picks_THK: Tensor, num_kv_heads: int, num_blocks: int, *, deterministic: bool = False, places: bool = False
+) -> PairLists:
     """Sort the picks of slots 1 .. K - 1 (slot 0 is the own block; -1 is no pick) by (key head, block)."""
     num_tokens, num_heads, top_k = picks_THK.shape
     ratio = num_heads // num_kv_heads
@@ -72,9 +75,10 @@ def route(picks_THK: Tensor, num_kv_heads: int, num_blocks: int, *, deterministi
             PER_PROGRAM=per_program,
             PER_STEP=per_step,
             SCATTER=scatter,
+            PLACES=places,
             num_warps=1 if per_step == 1 else 4,
         )
-    return PairLists(pairs, bounds, bounds[stride:], stride, num_lists)
+    return PairLists(pairs, bounds, bounds[stride:], stride, num_lists, ranks if places else None)
 
 
 def launch_tile_map(
@@ -112,21 +116,24 @@ def _route_kernel(
     PER_PROGRAM: tl.constexpr,
     PER_STEP: tl.constexpr,
     SCATTER: tl.constexpr,
+    PLACES: tl.constexpr,
 ):
     h = tl.program_id(1)
     slot = 1 + tl.arange(0, KP)
     first = tl.program_id(0) * PER_PROGRAM
     for start in range(first, min(first + PER_PROGRAM, num_tokens), PER_STEP):
         t = start + tl.arange(0, PER_STEP)
-        live = (t < num_tokens)[:, None] & (slot < K)[None, :]
+        there = (t < num_tokens)[:, None] & (slot < K)[None, :]
         at = t.to(tl.int64)[:, None] * stride_pt + h * stride_ph + slot[None, :]
-        block = tl.load(picks_ptr + at, mask=live, other=-1)
-        live = live & (block >= 0)
+        block = tl.load(picks_ptr + at, mask=there, other=-1)
+        live = there & (block >= 0)
         segment = (((h // RATIO) * num_blocks + block) * num_spans + (t // SPAN)[:, None]) * RATIO + h % RATIO
         rank_at = ranks_ptr + (t.to(tl.int64)[:, None] * H + h) * (K - 1) + slot[None, :] - 1
         if SCATTER:
             place = tl.load(bounds_ptr + segment, mask=live) + tl.load(rank_at, mask=live)
             tl.store(pairs_ptr + place, (t[:, None] * H + h) * K + slot[None, :], mask=live)
+            if PLACES:
+                tl.store(rank_at, tl.where(live, place, -1), mask=there)
         else:
             rank = tl.atomic_add(bounds_ptr + 1 + segment, 1, mask=live, sem="relaxed")
             tl.store(rank_at, rank, mask=live)

@@ -1,0 +1,235 @@
+"""Rows of queries to the order of the pair lists and back, for kernels that attend to contiguous rows.
+
+`gather` copies the rows that each list names, side by side; `merge_parts` and `sum_parts` bring results home row by
+row, each row reading its own from `PairLists.places`. So nothing is added by atomics and every order is fixed.
+
+T query tokens, H query heads, D head dim, K picks, P pairs (room for T * H * (K - 1); the lists fill the first of it).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moba_train.attention.kernels.routing import PairLists
+from moba_train.attention.kernels.tiles import padded_dim
+
+__all__ = ["gather", "merge_parts", "sum_parts"]
+
+# Rows cleared behind the last pair: a tile of the attention kernel that ends there multiplies them by zero weights.
+_TAIL = 512
+
+
+def gather(
+    lists: PairLists,
+    top_k: int,
+    q_THD: Tensor,
+    dout_THD: Tensor | None = None,
+    lse_TH: Tensor | None = None,
+    delta_TH: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """q [P, D] in the lists' order; with the others also dout [P, D], lse [P] and -delta [P]."""
+    num_pairs, head_dim = lists.pairs.shape[0], q_THD.shape[2]
+    backward = dout_THD is not None
+    # Arguments of the kernel that it does not read point at something that is there.
+    other = q_THD if dout_THD is None else dout_THD
+    scalar = q_THD if lse_TH is None else lse_TH
+    rows = [torch.empty(num_pairs, head_dim, dtype=q_THD.dtype, device=q_THD.device) for _ in range(1 + backward)]
+    numbers = [torch.empty(num_pairs, dtype=torch.float32, device=q_THD.device) for _ in range(2 * backward)]
+    _gather_kernel[(triton.cdiv(num_pairs, 64),)](
+        lists.pairs,
+        lists.starts[-1:],
+        q_THD,
+        other,
+        scalar,
+        scalar if delta_TH is None else delta_TH,
+        rows[0],
+        rows[-1],
+        *(numbers or (rows[0], rows[0])),
+        num_pairs,
+        q_THD.stride(0),
+        q_THD.stride(1),
+        other.stride(0),
+        other.stride(1),
+        scalar.stride(0),
+        H=q_THD.shape[1],
+        K=top_k,
+        D=head_dim,
+        DP=padded_dim(head_dim),
+        BACKWARD=backward,
+        TAIL=_TAIL,
+        BM=64,
+        num_warps=8,
+    )
+    return *rows, *numbers
+
+
+def merge_parts(out_THD: Tensor, lse_TH: Tensor, parts_PD: Tensor, part_lse_P: Tensor, lists: PairLists) -> None:
+    """Merge every row's parts into out and natural-log lse, in place, by log-sum-exp."""
+    assert lists.places is not None
+    num_tokens, num_heads, head_dim = out_THD.shape
+    rows = num_tokens * num_heads
+    _merge_kernel[(triton.cdiv(rows, 32),)](
+        out_THD,
+        lse_TH,
+        parts_PD,
+        part_lse_P,
+        lists.places,
+        rows,
+        out_THD.stride(0),
+        out_THD.stride(1),
+        lse_TH.stride(0),
+        H=num_heads,
+        SLOTS=lists.places.shape[0] // rows,
+        D=head_dim,
+        DP=padded_dim(head_dim),
+        BM=32,
+        num_warps=4,
+    )
+
+
+def sum_parts(total_THD: Tensor, parts_PD: Tensor, lists: PairLists) -> None:
+    """Add every row's parts to it, in place, with fp32 sums."""
+    assert lists.places is not None
+    num_tokens, num_heads, head_dim = total_THD.shape
+    rows = num_tokens * num_heads
+    _sum_kernel[(triton.cdiv(rows, 32),)](
+        total_THD,
+        parts_PD,
+        lists.places,
+        rows,
+        total_THD.stride(0),
+        total_THD.stride(1),
+        H=num_heads,
+        SLOTS=lists.places.shape[0] // rows,
+        D=head_dim,
+        DP=padded_dim(head_dim),
+        BM=32,
+        num_warps=4,
+    )
+
+
+@triton.jit
+def _gather_kernel(
+    pairs_ptr,
+    count_ptr,
+    q_ptr,
+    dout_ptr,
+    lse_ptr,
+    delta_ptr,
+    to_q_ptr,
+    to_dout_ptr,
+    to_lse_ptr,
+    to_delta_ptr,
+    num_pairs,
+    stride_qt,
+    stride_qh,
+    stride_ot,
+    stride_oh,
+    stride_lt,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    TAIL: tl.constexpr,
+    BM: tl.constexpr,
+):
+    count = tl.load(count_ptr)
+    first = tl.program_id(0) * BM
+    if first >= count + TAIL:
+        return
+    place = first + tl.arange(0, BM)
+    live = place < count
+    row = tl.load(pairs_ptr + place, mask=live, other=0) // K
+    t = (row // H).to(tl.int64)
+    h = (row % H).to(tl.int64)
+    dim = tl.arange(0, DP)
+    inside = live[:, None] & (dim < D)[None, :]
+    there = (place < num_pairs)[:, None] & (dim < D)[None, :]
+    to = place.to(tl.int64)[:, None] * D + dim[None, :]
+    q = tl.load(q_ptr + t[:, None] * stride_qt + h[:, None] * stride_qh + dim[None, :], mask=inside, other=0.0)
+    tl.store(to_q_ptr + to, q, mask=there)
+    if BACKWARD:
+        at = t[:, None] * stride_ot + h[:, None] * stride_oh + dim[None, :]
+        tl.store(to_dout_ptr + to, tl.load(dout_ptr + at, mask=inside, other=0.0), mask=there)
+        at = t * stride_lt + h
+        tl.store(to_lse_ptr + place, tl.load(lse_ptr + at, mask=live, other=0.0), mask=place < num_pairs)
+        tl.store(to_delta_ptr + place, -tl.load(delta_ptr + at, mask=live, other=0.0), mask=place < num_pairs)
+
+
+@triton.jit
+def _merge_kernel(
+    out_ptr,
+    lse_ptr,
+    parts_ptr,
+    part_lse_ptr,
+    places_ptr,
+    rows,
+    stride_ot,
+    stride_oh,
+    stride_lt,
+    H: tl.constexpr,
+    SLOTS: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    BM: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    live = row < rows
+    t = row // H
+    h = row % H
+    dim = tl.arange(0, DP)
+    inside = live[:, None] & (dim < D)[None, :]
+    lse_at = lse_ptr + t * stride_lt + h
+    out_at = out_ptr + t[:, None] * stride_ot + h[:, None] * stride_oh + dim[None, :]
+    own = tl.load(lse_at, mask=live, other=float("-inf"))
+    highest = own
+    for slot in range(SLOTS):
+        place = tl.load(places_ptr + row * SLOTS + slot, mask=live, other=-1)
+        lse = tl.load(part_lse_ptr + place, mask=place >= 0, other=float("-inf"))
+        highest = tl.maximum(highest, lse)
+    # A row that has seen no key keeps -inf; it must not become inf - inf.
+    shift = tl.where(highest == float("-inf"), 0.0, highest)
+    total = tl.exp(own - shift)
+    acc = tl.load(out_at, mask=inside, other=0.0).to(tl.float32) * total[:, None]
+    for slot in tl.range(0, SLOTS, loop_unroll_factor=2):
+        place = tl.load(places_ptr + row * SLOTS + slot, mask=live, other=-1)
+        there = place >= 0
+        weight = tl.exp(tl.load(part_lse_ptr + place, mask=there, other=float("-inf")) - shift)
+        at = parts_ptr + place.to(tl.int64)[:, None] * D + dim[None, :]
+        part = tl.load(at, mask=there[:, None] & (dim < D)[None, :], other=0.0)
+        acc += part.to(tl.float32) * weight[:, None]
+        total += weight
+    out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(lse_at, shift + tl.log(total), mask=live)
+
+
+@triton.jit
+def _sum_kernel(
+    total_ptr,
+    parts_ptr,
+    places_ptr,
+    rows,
+    stride_tt,
+    stride_th,
+    H: tl.constexpr,
+    SLOTS: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    BM: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    live = row < rows
+    dim = tl.arange(0, DP)
+    inside = live[:, None] & (dim < D)[None, :]
+    to = total_ptr + (row // H)[:, None] * stride_tt + (row % H)[:, None] * stride_th + dim[None, :]
+    acc = tl.load(to, mask=inside, other=0.0).to(tl.float32)
+    for slot in tl.range(0, SLOTS, loop_unroll_factor=2):
+        place = tl.load(places_ptr + row * SLOTS + slot, mask=live, other=-1)
+        at = parts_ptr + place.to(tl.int64)[:, None] * D + dim[None, :]
+        acc += tl.load(at, mask=(place >= 0)[:, None] & (dim < D)[None, :], other=0.0).to(tl.float32)
+    tl.store(to, acc.to(total_ptr.dtype.element_ty), mask=inside)
