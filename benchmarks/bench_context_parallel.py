@@ -21,6 +21,7 @@ import argparse
 import csv
 import datetime
 import itertools
+import logging
 import math
 import os
 import platform
@@ -136,6 +137,7 @@ class Bench:
 
 def main() -> None:
     options = parse()
+    logging.basicConfig(format="%(message)s", level=logging.INFO)  # which kernels serve the ops
     backend = "nccl" if CUDA else "gloo"
     if CUDA:
         torch.cuda.set_device(DEVICE)
