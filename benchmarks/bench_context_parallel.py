@@ -1,16 +1,16 @@
-"""Context parallelism: time against the ideal, peak memory against its formula, balance of layouts.
+"""Context parallelism: time against the ideal, peak memory against its formula, balance of layouts, cost on one GPU.
 
-    torchrun --standalone --nproc-per-node 2 benchmarks/bench_context_parallel.py scaling --output FILE.md
+    torchrun --standalone --nproc-per-node 2 benchmarks/bench_context_parallel.py plumbing balance scaling --budget 190
     torchrun --standalone --nproc-per-node 2 benchmarks/bench_context_parallel.py memory
-    python benchmarks/bench_context_parallel.py balance          # one device plays every rank in turn
-    python benchmarks/bench_context_parallel.py sink --picks PICKS.pt --picture sink.png
 
 scaling: forward and backward of one attention layer under every strategy, with and without overlap. The ideal is the
-time of the same rows on one device divided by the ranks. memory: what communication adds to an op that itself needs
-nothing but its results. balance: the busiest rank's attention time over the mean, by layout. sink: the work of each
-rank had queries been sent to the owners of their picked blocks, from the picks of a trained model, saved as
-{"picks": [T, H, K], "cu_seqlens", "block_size"}. Runs on CPUs too (gloo, `--lengths 4096 --repeats 1`), to show that it
-works, not how fast.
+time of the same rows on one device over the number of devices, for weak scaling (rows a device held) as for strong
+(rows in all held): full attention's work grows with the square of the rows, so time at constant rows a device says
+nothing by itself. memory: what communication adds to an op that itself needs nothing but its results. balance: the
+busiest rank's attention time over the mean, by layout; one device plays every rank in turn. plumbing: the op wrapped
+for a group of one rank over the bare op.
+Writes context_parallel_<device>_<date>.md, .csv and .png after every measurement; what no longer fits the budget is
+left out and said. Runs on CPUs too (gloo, `--quick`), to show that it works, not how fast.
 
 Letters as in moba_train/context_parallel: t rows of a rank, S rows of all, H query heads, G key heads, D head dim.
 """
@@ -18,114 +18,317 @@ Letters as in moba_train/context_parallel: t rows of a rank, S rows of all, H qu
 from __future__ import annotations
 
 import argparse
+import csv
+import datetime
 import itertools
+import logging
 import math
 import os
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from moba_train.attention import SequenceInfo, full_attention, moba_attention
-from moba_train.context_parallel.layout import LayoutRule, balanced, contiguous, zigzag
+from moba_train.context_parallel.layout import balanced, zigzag
 from moba_train.context_parallel.memory import peak_bytes
 from moba_train.context_parallel.wrap import STRATEGIES, wrap
 
 CUDA = torch.cuda.is_available()
-OPS: dict[str, tuple[Callable, dict]] = {
-    "full": (full_attention, {}),
-    "moba 4096 k12": (moba_attention, {"block_size": 4096, "top_k": 12}),
-    "moba 512 k12": (moba_attention, {"block_size": 512, "top_k": 12}),
-}
-LAYOUTS: dict[str, LayoutRule] = {"zigzag": zigzag, "balanced": balanced, "contiguous": contiguous}
+DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if CUDA else torch.device("cpu")
+LAYOUTS = {"zigzag": zigzag, "balanced": balanced}
+GOAL = 0.92  # of the ideal
+K = 1024
+UNKNOWN_S = 20.0  # of a first run: kernels are compiled
+
+
+class Variant(NamedTuple):
+    """How an op is shared. gather_heads: of all_gather alone."""
+
+    strategy: str
+    gather_heads: int | None
+    overlap: bool
+
+    def __str__(self) -> str:
+        heads = "" if self.gather_heads is None else f", {self.gather_heads} heads"
+        return f"{self.strategy}{heads}"
+
+
+class Row(NamedTuple):
+    """One line of the scaling table; `one_ms` is one device's time for all rows."""
+
+    op: str
+    rows_in_all: int
+    devices: int
+    series: str
+    strategy: str
+    overlap: bool
+    ms: float
+    one_ms: float
+    ideal_ms: float
+    share: float
+
+
+class Bench:
+    """Options, the results so far, and the time that is left, which all ranks see alike."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.group = dist.group.WORLD
+        self.rank, self.size = self.group.rank(), self.group.size()
+        self.began = time.monotonic()
+        self.sections: dict[str, list[str]] = {}
+        self.rows: list[Row] = []
+
+    def left_s(self) -> float:
+        left = torch.tensor(self.options.budget - (time.monotonic() - self.began), device=DEVICE)
+        dist.broadcast(left, 0)
+        return float(left)
+
+    def say(self, section: str, line: str) -> None:
+        self.sections.setdefault(section, []).append(line)
+        if self.rank == 0:
+            print(line, flush=True)
+            write(self)
+
+    def once(self, call: Callable[[], object], together: bool) -> float:
+        """Seconds of one call; `together`: all ranks start at once, and the slowest counts."""
+        if together:
+            dist.barrier(self.group)
+        synchronize()
+        start = time.perf_counter()
+        call()
+        synchronize()
+        seconds = torch.tensor(time.perf_counter() - start, device=DEVICE)
+        if together:
+            dist.all_reduce(seconds, dist.ReduceOp.MAX, self.group)
+        return float(seconds)
+
+    def timed(self, call: Callable[[], object], expected_s: float | None = None, together: bool = True) -> float:
+        """Median seconds of as many calls as fit `--seconds`, one at least, after one that warms up.
+
+        A first call that is long, and no longer than expected, is the measurement itself.
+        """
+        longest = self.options.seconds
+        first = self.once(call, together)
+        if expected_s is not None and longest <= first <= 1.25 * expected_s:
+            return first
+        times = [self.once(call, together)]
+        while len(times) < self.options.repeats and sum(times) + times[-1] <= longest:
+            times.append(self.once(call, together))
+        return statistics.median(times)
+
+    def cost_s(self, expected_s: float | None) -> float:
+        """About how long `timed` will take."""
+        if expected_s is None:
+            return UNKNOWN_S
+        if expected_s >= self.options.seconds:
+            return expected_s
+        return expected_s * (1 + min(self.options.repeats, max(1, self.options.seconds // expected_s)))
 
 
 def main() -> None:
     options = parse()
-    if "RANK" in os.environ:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if CUDA else torch.device("cpu")
-        if CUDA:
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if CUDA else "gloo", device_id=device if CUDA else None)
-    lines = list(MODES[options.what](options))
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        report(options, lines)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    logging.basicConfig(format="%(message)s", level=logging.INFO)  # which kernels serve the ops
+    backend = "nccl" if CUDA else "gloo"
+    if CUDA:
+        torch.cuda.set_device(DEVICE)
+    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group(backend, device_id=DEVICE if CUDA else None, **alone)
+    bench = Bench(options)
+    for name in options.what:
+        MODES[name](bench)
+    bench.say("end", f"{time.monotonic() - bench.began:.0f} s in all")
+    dist.destroy_process_group()
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=MODES)
+    parser.add_argument("what", nargs="+", choices=MODES)
     parser.add_argument(
-        "--lengths", type=int, nargs="+", default=[65536, 131072, 262144, 524288], help="all ranks' rows"
+        "--lengths", type=int, nargs="+", default=[64 * K, 128 * K, 256 * K, 512 * K], help="rows in all"
     )
+    parser.add_argument("--balance-length", type=int, default=128 * K)
+    parser.add_argument("--balance-ranks", type=int, nargs="+", default=[2, 8], help="numbers of ranks to play")
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--key-heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--gather-heads", type=int, default=2)
-    parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS))
+    parser.add_argument("--gather-heads", type=int, nargs="+", default=[4])
+    parser.add_argument("--ops", nargs="+", default=["512x12", "4096x12", "full"], help="full, or block size x top-k")
     parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES))
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8], help="balance: ranks to play")
-    parser.add_argument("--picks", type=Path, help="sink: file of picks")
-    parser.add_argument("--picture", type=Path, help="sink: draw the load here")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--output", type=Path, help="also write the table here")
-    return parser.parse_args()
+    parser.add_argument("--seconds", type=float, default=1.0, help="of repetitions a measurement")
+    parser.add_argument("--budget", type=float, default=math.inf, help="seconds; what would exceed it is left out")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--quick", action="store_true", help="small shapes, whatever else is said")
+    options = parser.parse_args()
+    if options.quick:
+        small = {"lengths": [256, 512], "balance_length": 512, "heads": 4, "key_heads": 2, "head_dim": 16}
+        vars(options).update(small, gather_heads=[1], ops=["16x3", "full"], repeats=2, seconds=0.1)
+    return options
 
 
-def scaling(options: argparse.Namespace) -> Iterable[str]:
-    group = dist.group.WORLD
-    rank, size = group.rank(), group.size()
-    yield "| op | rows in all | strategy | overlap | ms, slowest rank | ideal ms | of ideal |"
-    yield "|---|---|---|---|---|---|---|"
-    for name, length in itertools.product(options.ops, options.lengths):
-        op, settings = OPS[name]
-        alone = timed(op, tensors(options, length), SequenceInfo([0, length]), settings, options.repeats)
-        ideal = slowest(alone, group) / size
-        seq = SequenceInfo([0, length], zigzag(length, size).positions(rank))
-        for strategy, overlap in itertools.product(options.strategies, (True, False)):
-            wrapped = wrap(op, group, strategy, gather_heads=options.gather_heads, overlap=overlap)
-            mine = timed(wrapped, tensors(options, length // size), seq, settings, options.repeats, group)
-            ms = slowest(mine, group)
-            share = f"{100 * ideal / ms:.1f} %"
-            with_overlap = "yes" if overlap else "no"
-            yield f"| {name} | {length} | {strategy} | {with_overlap} | {ms:.2f} | {ideal:.2f} | {share} |"
+def op_of(name: str) -> tuple[Callable, dict[str, int]]:
+    """The op, and the options of a call."""
+    if name == "full":
+        return full_attention, {}
+    block_size, top_k = map(int, name.split("x"))
+    return moba_attention, {"block_size": block_size, "top_k": top_k}
 
 
-def memory(options: argparse.Namespace) -> Iterable[str]:
+def title(name: str) -> str:
+    return name if name == "full" else "MoBA {}, k {}".format(*name.split("x"))
+
+
+def scaling(bench: Bench) -> None:
+    options, size = bench.options, bench.size
+    variants = [
+        Variant(strategy, heads, overlap)
+        for strategy in options.strategies
+        for heads in (options.gather_heads if strategy == "all_gather" else [None])
+        for overlap in (True, False)
+    ]
+    bench.say(
+        "scaling", "| op | rows in all | devices | series | strategy | overlap | ms | one device | ideal | of ideal |"
+    )
+    bench.say("scaling", "|---|---|---|---|---|---|---|---|---|---|")
+    one: dict[tuple[str, int], float] = {}
+    seen: set[tuple[str, Variant]] = set()
+    left_out: list[str] = []
+    # What a budget cuts is the end: without overlap, the longest rows.
+    parts = itertools.product((True, False), sorted(options.lengths), options.ops)
+    for overlap, length, name in parts:
+        for rows in sorted({length // size, length}):  # of weak scaling one device's share, too
+            if (name, rows) in one:
+                continue
+            guess = expected(one, name, rows)
+            if bench.left_s() < bench.cost_s(guess):
+                left_out.append(f"{title(name)}, {rows} rows on one device")
+                continue
+            one[name, rows] = bench.timed(step(*op_of(name), options, rows, SequenceInfo([0, rows])), guess)
+            add(bench, Row(title(name), rows, 1, "", "", False, *[1e3 * one[name, rows]] * 3, 1.0))
+        if (name, length) not in one:
+            left_out.append(f"{title(name)}, {length} rows: no time of one device to compare with")
+            continue
+        ideal = one[name, length] / size
+        seq = SequenceInfo([0, length], zigzag(length, size).positions(bench.rank))
+        for variant in variants:
+            if variant.overlap is not overlap:
+                continue
+            guess = ideal if (name, variant) in seen else None
+            if bench.left_s() < bench.cost_s(guess):
+                left_out.append(f"{title(name)}, {length} rows, {variant}, overlap {variant.overlap}")
+                continue
+            op, settings = op_of(name)
+            op = wrap(op, bench.group, **variant._asdict())
+            seconds = bench.timed(step(op, settings, options, length // size, seq), guess)
+            seen.add((name, variant))
+            times = (1e3 * seconds, 1e3 * one[name, length], 1e3 * ideal)
+            row = (title(name), length, size, series(length, size), str(variant), variant.overlap)
+            add(bench, Row(*row, *times, ideal / seconds))
+    for what in left_out:
+        bench.say("left out for want of time", f"- {what}")
+
+
+def expected(one: dict[tuple[str, int], float], name: str, rows: int) -> float | None:
+    """Seconds of these rows on one device, from the longest shorter ones; never less than they will take."""
+    shorter = [known for op, known in one if op == name and known < rows]
+    if not shorter:
+        return None
+    return one[name, max(shorter)] * (rows / max(shorter)) ** (2 if name == "full" else 1.5)
+
+
+def series(length: int, size: int) -> str:
+    """What this row shows: the rows held a device, or in all."""
+    weak = f"weak {length // size // K}K" if length // size in (32 * K, 128 * K) else ""
+    strong = f"strong {length // K}K" if length in (128 * K, 512 * K) else ""
+    return ", ".join(filter(None, (weak, strong)))
+
+
+def add(bench: Bench, row: Row) -> None:
+    bench.rows.append(row)
+    overlap = "" if row.devices == 1 else "yes" if row.overlap else "no"
+    share = "" if row.devices == 1 else f"{100 * row.share:.1f} %"
+    times = f"{row.ms:.2f} | {row.one_ms:.2f} | {row.ideal_ms:.2f}"
+    text = (
+        f"{row.op} | {row.rows_in_all} | {row.devices} | {row.series} | {row.strategy} | {overlap} | {times} | {share}"
+    )
+    bench.say("scaling", f"| {text} |")
+
+
+def plumbing(bench: Bench) -> None:
+    """Bare and wrapped in turn, so that clocks and temperature are alike."""
+    options = bench.options
+    mine = [dist.new_group([rank]) for rank in range(bench.size)][bench.rank]
+    rows = min(options.lengths) // bench.size
+    bench.say("plumbing", "| op | rows | bare ms | wrapped for a group of one, ms | cost |")
+    bench.say("plumbing", "|---|---|---|---|---|")
+    for name in options.ops:
+        op, settings = op_of(name)
+        calls = [step(each, settings, options, rows, SequenceInfo([0, rows])) for each in (op, wrap(op, mine))]
+        times: list[list[float]] = [[], []]
+        for i in range(2 + 2 * options.repeats):
+            seconds = bench.once(calls[i % 2], together=True)
+            if i >= 2:
+                times[i % 2].append(1e3 * seconds)
+        bare, wrapped = map(statistics.median, times)
+        cost = f"{100 * (wrapped / bare - 1):+.2f} %"
+        bench.say("plumbing", f"| {title(name)} | {rows} | {bare:.3f} | {wrapped:.3f} | {cost} |")
+
+
+def balance(bench: Bench) -> None:
+    options, length = bench.options, bench.options.balance_length
+    documents = {"one": [0, length], "log-normal": log_normal(length)}
+    cases = list(itertools.product(options.ops, documents, options.balance_ranks))
+    found = {}
+    for name, kind, size in cases[bench.rank :: bench.size]:
+        found[name, kind, size] = []
+        keys = tensors(options, length)[1:]
+        for rule in LAYOUTS.values():
+            layout, times = rule(length, size, documents[kind]), []
+            for rank in range(size):
+                seq = SequenceInfo(documents[kind], layout.positions(rank))
+                leaves = [tensors(options, length // size)[0], *keys]
+                call = partial(both_ways, *op_of(name), leaves, torch.randn_like(leaves[0]), seq)
+                times.append(bench.timed(call, together=False))
+            found[name, kind, size].append(max(times) / statistics.mean(times))
+    everyone: list[dict] = [{}] * bench.size
+    dist.all_gather_object(everyone, found)
+    ratios = {case: ratio for part in everyone for case, ratio in part.items()}
+    bench.say("balance", "| op | documents | ranks | " + " | ".join(LAYOUTS) + " |")
+    bench.say("balance", "|---|---|---|" + "---|" * len(LAYOUTS))
+    for name, kind, size in cases:
+        columns = " | ".join(f"{ratio:.3f}" for ratio in ratios[name, kind, size])
+        bench.say("balance", f"| {title(name)} | {kind}, {length} rows | {size} | {columns} |")
+
+
+def memory(bench: Bench) -> None:
     if not CUDA:
-        raise SystemExit("memory is measured by the CUDA allocator: run this on GPUs")
-    group = dist.group.WORLD
-    yield "| rows in all | strategy | overlap | forward MiB | formula | backward MiB | formula |"
-    yield "|---|---|---|---|---|---|---|"
-    for length in options.lengths:
+        bench.say("memory", "not measured: there is no CUDA allocator here")
+        return
+    options, group = bench.options, bench.group
+    bench.say("memory", "| rows in all | strategy | overlap | forward MiB | formula | backward MiB | formula |")
+    bench.say("memory", "|---|---|---|---|---|---|---|")
+    shapes = {"heads": options.heads, "key_heads": options.key_heads, "head_dim": options.head_dim}
+    for length, strategy, overlap in itertools.product(options.lengths, options.strategies, (True, False)):
         seq = SequenceInfo([0, length], zigzag(length, group.size()).positions(group.rank()))
-        for strategy, overlap in itertools.product(options.strategies, (True, False)):
-            wrapped = wrap(stand_in, group, strategy, gather_heads=options.gather_heads, overlap=overlap)
-            leaves = tensors(options, length // group.size())
-            forward, (out, _) = peak_of(partial(wrapped, *leaves, seq))
-            grad = torch.ones_like(out)
-            backward, _ = peak_of(partial(torch.autograd.grad, out, leaves, grad))
-            want = peak_bytes(
-                strategy,
-                rows=length,
-                num_ranks=group.size(),
-                heads=options.heads,
-                key_heads=options.key_heads,
-                head_dim=options.head_dim,
-                gather_heads=options.gather_heads,
-                overlap=overlap,
-            )
-            row = (f"{x / 2**20:.0f}" for x in (forward, want[0], backward, want[1]))
-            yield f"| {length} | {strategy} | {'yes' if overlap else 'no'} | {' | '.join(row)} |"
+        sharing = {"gather_heads": options.gather_heads[0], "overlap": overlap}
+        wrapped = wrap(stand_in, group, strategy, **sharing)
+        leaves = tensors(options, length // group.size())
+        forward, (out, _) = peak_of(partial(wrapped, *leaves, seq))
+        grad = torch.ones_like(out)
+        backward, _ = peak_of(partial(torch.autograd.grad, out, leaves, grad))
+        want = peak_bytes(strategy, rows=length, num_ranks=group.size(), **shapes, **sharing)
+        numbers = " | ".join(f"{x / 2**20:.0f}" for x in (forward, want.forward, backward, want.backward))
+        bench.say("memory", f"| {length} | {strategy} | {'yes' if overlap else 'no'} | {numbers} |")
 
 
 class _StandIn(torch.autograd.Function):
@@ -147,68 +350,6 @@ def stand_in(q_THD: Tensor, k_SGD: Tensor, v_SGD: Tensor, seq: SequenceInfo) -> 
     return _StandIn.apply(q_THD, k_SGD, v_SGD)
 
 
-def balance(options: argparse.Namespace) -> Iterable[str]:
-    yield "| op | documents | ranks | " + " | ".join(LAYOUTS) + " |"
-    yield "|---|---|---|" + "---|" * len(LAYOUTS)
-    for length, (kind, bounds) in itertools.product(options.lengths, (("one", None), ("log-normal", "draw"))):
-        bounds = [0, length] if bounds is None else log_normal(length)
-        keys = tensors(options, length)[1:]
-        for name, size in itertools.product(options.ops, options.ranks):
-            op, settings = OPS[name]
-            ratios = []
-            for rule in LAYOUTS.values():
-                layout = rule(length, size, bounds)
-                times = []
-                for rank in range(size):
-                    seq = SequenceInfo(bounds, layout.positions(rank))
-                    inputs = [tensors(options, length // size)[0], *keys]
-                    times.append(timed(op, inputs, seq, settings, options.repeats))
-                ratios.append(f"{max(times) / statistics.mean(times):.3f}")
-            yield f"| {name} | {kind}, {length} rows | {size} | {' | '.join(ratios)} |"
-
-
-def sink(options: argparse.Namespace) -> Iterable[str]:
-    saved = torch.load(options.picks)
-    seq = SequenceInfo(saved["cu_seqlens"])
-    yield "| ranks | pairs of the busiest rank over the mean: queries sent to block owners | queries stay (zigzag) |"
-    yield "|---|---|---|"
-    for size in options.ranks:
-        sent, stay = pair_loads(saved["picks"], seq, saved["block_size"], size)
-        yield f"| {size} | {max(sent) / statistics.mean(sent):.2f} | {max(stay) / statistics.mean(stay):.2f} |"
-        if options.picture and size == max(options.ranks):
-            draw(options.picture, sent, stay)
-
-
-def pair_loads(picks_THK: Tensor, seq: SequenceInfo, block_size: int, size: int) -> tuple[list[float], list[float]]:
-    """(query, key) pairs by rank: if a block's owner (contiguous shards) did its work, and if the query's rank does."""
-    table = seq.blocks(block_size)
-    picked = picks_THK >= 0
-    blocks = picks_THK.long().clamp(min=0)
-    rows_T = torch.arange(seq.num_keys)
-    seen = torch.minimum(rows_T[:, None, None] + 1, table.end_N[blocks]) - table.start_N[blocks]
-    pairs_THK = seen * picked
-    owner = table.start_N[blocks] * size // seq.num_keys
-    sent = torch.zeros(size, dtype=torch.int64).index_add_(0, owner.flatten(), pairs_THK.flatten())
-    own_T, layout = pairs_THK.sum((1, 2)), zigzag(seq.num_keys, size)
-    return sent.tolist(), [int(own_T[layout.positions(rank)].sum()) for rank in range(size)]
-
-
-def draw(path: Path, sent: list[float], stay: list[float]) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 3), layout="constrained")
-    for shift, (label, load) in enumerate((("queries sent to block owners", sent), ("queries stay (zigzag)", stay))):
-        mean = statistics.mean(load)
-        axes.bar([rank + 0.4 * shift for rank in range(len(load))], [x / mean for x in load], 0.4, label=label)
-    axes.axhline(1, color="black", linewidth=0.8)
-    axes.set(xlabel="context rank", ylabel="work / mean")
-    axes.legend()
-    figure.savefig(path, dpi=150)
-
-
 def log_normal(length: int, mean: float = 8192, sigma: float = 1.5) -> list[int]:
     """Bounds of packed documents of log-normal lengths."""
     generator = torch.Generator().manual_seed(0)
@@ -220,38 +361,22 @@ def log_normal(length: int, mean: float = 8192, sigma: float = 1.5) -> list[int]
 
 
 def tensors(options: argparse.Namespace, rows: int) -> list[Tensor]:
-    device = torch.device("cuda", torch.cuda.current_device()) if CUDA else torch.device("cpu")
     dtype = torch.bfloat16 if CUDA else torch.float32
     shapes = [(rows, heads, options.head_dim) for heads in (options.heads, options.key_heads, options.key_heads)]
-    return [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for shape in shapes]
+    return [torch.randn(shape, device=DEVICE, dtype=dtype, requires_grad=True) for shape in shapes]
 
 
-def timed(
-    op: Callable,
-    leaves: list[Tensor],
-    seq: SequenceInfo,
-    settings: dict,
-    repeats: int,
-    group: dist.ProcessGroup | None = None,
-) -> float:
-    """Median milliseconds of forward and backward; the ranks of `group` start together."""
-    grad, times = torch.randn_like(leaves[0]), []
-    for _ in range(repeats + 1):  # the first warms up
-        if group is not None:
-            dist.barrier(group)
-        synchronize()
-        start = time.perf_counter()
-        out, _ = op(*leaves, seq, **settings)
-        torch.autograd.grad(out, leaves, grad)
-        synchronize()
-        times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times[1:])
+def step(
+    op: Callable, settings: dict[str, int], options: argparse.Namespace, rows: int, seq: SequenceInfo
+) -> Callable[[], None]:
+    """Forward and backward of `op` on random rows of this rank."""
+    leaves = tensors(options, rows)
+    return partial(both_ways, op, settings, leaves, torch.randn_like(leaves[0]), seq)
 
 
-def slowest(ms: float, group: dist.ProcessGroup) -> float:
-    times = torch.tensor(ms, device="cuda" if CUDA else "cpu")
-    dist.all_reduce(times, dist.ReduceOp.MAX, group)
-    return float(times)
+def both_ways(op: Callable, settings: dict[str, int], leaves: list[Tensor], grad: Tensor, seq: SequenceInfo) -> None:
+    out, _ = op(*leaves, seq, **settings)
+    torch.autograd.grad(out, leaves, grad)
 
 
 def peak_of(call: Callable[[], object]) -> tuple[int, object]:
@@ -269,23 +394,67 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def report(options: argparse.Namespace, lines: list[str]) -> None:
+def write(bench: Bench) -> None:
+    """Everything found so far: the tables, and of scaling the CSV and the picture."""
+    options = bench.options
+    options.out.mkdir(parents=True, exist_ok=True)
     device = torch.cuda.get_device_name() if CUDA else f"CPU ({platform.machine()}, {os.cpu_count()} cores)"
-    shape = (
-        f"{options.heads}/{options.key_heads} heads, head dim {options.head_dim}, gather_heads {options.gather_heads}"
-    )
-    head = [f"{device}; torch {torch.__version__}, CUDA {torch.version.cuda}; {shape}; {' '.join(sys.argv)}", ""]
-    text = "\n".join([*head, *lines])
-    print(text)
-    if options.output:
-        options.output.write_text(text + "\n")
+    short = device.lower().replace("nvidia ", "").split()[0]
+    stem = options.out / f"context_parallel_{bench.size}x{short}_{datetime.date.today()}"
+    shape = f"{options.heads}/{options.key_heads} heads, head dim {options.head_dim}"
+    lines = [
+        f"# Context parallelism on {bench.size} x {device}, {datetime.date.today()}",
+        "",
+        f"torch {torch.__version__}, CUDA {torch.version.cuda}, Python {platform.python_version()}. {shape}, "
+        f"{'bf16' if CUDA else 'fp32'}, random inputs; forward and backward; wall-clock time of the slowest rank.",
+        "Ideal: one device's time for the same rows in all, over the number of devices.",
+        "",
+        f"Command: `{' '.join(sys.argv)}`",
+    ]
+    for section, text in bench.sections.items():
+        lines += ["", f"## {section.capitalize()}", "", *text]
+    stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    if not bench.rows:
+        return
+    with stem.with_suffix(".csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(Row._fields)
+        writer.writerows(bench.rows)
+    if "end" in bench.sections:
+        draw(bench.rows, stem.with_suffix(".png"))
 
 
-MODES: dict[str, Callable[[argparse.Namespace], Iterable[str]]] = {
+def draw(rows: list[Row], path: Path) -> None:
+    """Share of the ideal over rows in all, one panel an op; dashed: without overlap."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    shared = [row for row in rows if row.devices > 1]
+    if not shared:
+        return
+    names, strategies = (list(dict.fromkeys(row[i] for row in shared)) for i in (0, 4))
+    figure, axes = pyplot.subplots(1, len(names), figsize=(5 * len(names), 4), squeeze=False, layout="constrained")
+    for axis, name in zip(axes[0], names, strict=True):
+        for (color, strategy), overlap in itertools.product(enumerate(strategies), (True, False)):
+            chosen = [r for r in shared if (r.op, r.strategy, r.overlap) == (name, strategy, overlap)]
+            points = sorted((row.rows_in_all, 100 * row.share) for row in chosen)
+            if points:
+                label = strategy if overlap else None
+                axis.semilogx(*zip(*points, strict=True), "o-" if overlap else "o--", color=f"C{color}", label=label)
+        axis.axhline(100 * GOAL, color="black", linewidth=0.8)
+        axis.set(title=name, xlabel="tokens in all", ylabel="% of the ideal")
+        axis.grid(True, alpha=0.3)
+    axes[0][0].legend()
+    figure.savefig(path, dpi=110)
+
+
+MODES: dict[str, Callable[[Bench], None]] = {
     "scaling": scaling,
     "memory": memory,
     "balance": balance,
-    "sink": sink,
+    "plumbing": plumbing,
 }
 
 if __name__ == "__main__":

@@ -1,24 +1,22 @@
 """Does MoBA for 90 % of training and full attention for the rest end where full attention ends?
 
-    python experiments/schedule_switch/run.py [--quick] [--steps N] [--out FOLDER] [key=value ...]
+    python -m experiments.schedule_switch.run [--quick] [--steps N] [--seeds K] [--out FOLDER] [key=value ...]
 
-Pretrains one small GPT three times on the Python standard library's sources, from the same seed and on the same
-batches: full attention (`full`), MoBA (`moba`), and MoBA that switches to full attention at nine tenths (`hybrid`).
-Then writes a page and a picture. A finished arm is not run again, a stopped one goes on from its last checkpoint.
-`--quick` shows in a minute or two that everything works; its numbers mean nothing and are not put beside this file.
+Pretrains one small GPT with full attention (`full`), with MoBA (`moba`), and with MoBA that switches to full attention
+at nine tenths (`hybrid`), from the same weights and on the same batches; the same again for every further seed. All run
+side by side. Then writes results.json, and from it README.md with a picture. A finished training is not run again, a
+stopped one goes on from its last checkpoint. `--quick` shows in a minute or two that everything works; its numbers mean
+nothing and are not put beside this file. `--page` writes the page again from results.json.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
+import dataclasses
 import itertools
 import json
 import math
-import platform
 import statistics
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,11 +25,10 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from moba_train import device as devices
+from experiments.common import Training, environment, overrides_block, prepared, provenance, table, train_all, verdict
 from moba_train.data.info import dataset_info
 from moba_train.train.metrics import read_metrics
 
-ROOT = Path(__file__).resolve().parents[2]
 ARMS = {"full": ["attention=full"], "moba": ["attention=moba"], "hybrid": ["attention=moba_then_full"]}
 EIGHTHS = 8
 POSITION_BOUND = 0.01  # nats per token, hybrid over full in the last eighth of the context
@@ -42,18 +39,26 @@ AFTER_STEPS = 10  # after the switch, in which a spike is looked for
 
 @dataclass(frozen=True)
 class Setting:
-    """Model and training of one kind of device; a block is a sixteenth of the context, and three are attended to."""
+    """Model and training of one kind of device. at_once: trainings side by side; packages: whose sources are read."""
 
     steps: int
     sequence_length: int
     batch: int
+    block_size: int
+    seeds: int
+    at_once: int
+    packages: tuple[str, ...] = ()
     overrides: tuple[str, ...] = ()
 
 
 GPU = Setting(
-    steps=600,
+    steps=700,
     sequence_length=8192,
-    batch=4,
+    batch=2,
+    block_size=128,
+    seeds=2,
+    at_once=6,
+    packages=("torch", "numpy"),
     overrides=(
         "precision=bf16",
         "model.num_layers=8",
@@ -65,24 +70,26 @@ GPU = Setting(
         "optim.warmup_steps=40",
     ),
 )
-CPU = Setting(steps=400, sequence_length=1024, batch=4)
+CPU = Setting(steps=400, sequence_length=1024, batch=4, block_size=32, seeds=1, at_once=2)
 QUICK = Setting(
     steps=40,
     sequence_length=256,
     batch=2,
+    block_size=16,
+    seeds=2,
+    at_once=2,
     overrides=("model.hidden_size=32", "model.ffn_hidden_size=64", "model.head_dim=8", "optim.warmup_steps=4"),
 )
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One arm's records: training loss by step (from 1), validation loss, whole and by eighths of the context."""
+    """One training: its loss by step (the first is step 1), validation loss, whole and by eighths of the context."""
 
-    losses: dict[int, float]
+    losses: list[float]
     validation: float
     eighths: list[float]
     plans: list[tuple[int, str]]  # (first step, layers)
-    tokens_per_second: float
 
 
 @dataclass(frozen=True)
@@ -98,39 +105,73 @@ class Switch:
     excess: float
     apart: float  # nats: largest difference between hybrid and MoBA while both are MoBA
 
+    @property
+    def largest(self) -> float:
+        """The largest of the three measures of a spike."""
+        return max(self.jump, self.rise, self.excess)
+
+
+Seed = dict[str, Curve]  # by arm
+
 
 def main() -> int:
     args = _arguments()
-    quick: bool = args.quick
-    setting = QUICK if quick else GPU if torch.cuda.is_available() else CPU
-    steps = args.steps or setting.steps
-    out = Path(args.out or f"runs/schedule_switch{'_quick' if quick else ''}").absolute()
-    data = Path(args.data).absolute()
-    if not (data / "dataset.json").exists():
-        subprocess.run([sys.executable, "launch/prepare_data.py", "--output", str(data)], cwd=ROOT, check=True)
-    common = _overrides(setting, steps, data) + args.overrides
-    for arm, overrides in ARMS.items():
-        _run_arm(out / arm, [*common, *overrides], steps, args.nproc)
-    curves = {arm: read_curve(out / arm) for arm in ARMS}
-    switch = around_switch(curves["hybrid"], curves["moba"])
-    page = out / "results.md" if quick else Path(__file__).with_name("results.md")
-    draw(curves, switch, page.with_suffix(".png"))
-    page.write_text(write_page(curves, switch, _provenance(args, steps, common)))
-    print(page.read_text(), f"written: {page}", sep="\n")
+    setting = QUICK if args.quick else GPU if torch.cuda.is_available() else CPU
+    out = Path(args.out or f"runs/schedule_switch{'_quick' if args.quick else ''}").absolute()
+    page = out if args.quick else Path(__file__).parent
+    if not args.page:
+        steps, seeds = args.steps or setting.steps, args.seeds or setting.seeds
+        data = prepared(args.data, setting.packages)
+        common = [*_overrides(setting, steps, data), *args.overrides]
+        trainings = {
+            (arm, seed): Training(
+                out / f"{arm}_seed_{seed}",
+                "launch/pretrain.py",
+                [
+                    *common,
+                    *overrides,
+                    f"data.seed={1234 + seed}",
+                    f"train.seed={1234 + seed}",
+                    f"data.cache_dir={out / f'{arm}_seed_{seed}' / 'cache'}",  # of its own: all start at one time
+                ],
+                steps,
+            )
+            for seed, (arm, overrides) in itertools.product(range(seeds), ARMS.items())
+        }
+        train_all(list(trainings.values()), args.at_once or setting.at_once, args.nproc)
+        results = {
+            "environment": environment(setting.packages, common, args.quick),
+            "seeds": [
+                {arm: dataclasses.asdict(read_curve(trainings[arm, seed].folder)) for arm in ARMS}
+                for seed in range(seeds)
+            ],
+        }
+        (page / "results.json").write_text(json.dumps(results) + "\n")
+    publish(page)
+    print((page / "README.md").read_text(), f"written: {page / 'README.md'}", sep="\n")
     return 0
 
 
+def publish(folder: Path) -> None:
+    """README.md and results.png from the folder's results.json."""
+    results = json.loads((folder / "results.json").read_text())
+    seeds = [{arm: Curve(**curve) for arm, curve in seed.items()} for seed in results["seeds"]]
+    switches = [around_switch(seed["hybrid"], seed["moba"]) for seed in seeds]
+    draw(seeds[0], switches[0], folder / "results.png")
+    (folder / "README.md").write_text(write_page(seeds, switches, results["environment"]))
+
+
 def read_curve(folder: Path) -> Curve:
-    """An arm's results from its metrics.jsonl."""
+    """A training's results from its metrics.jsonl."""
     records = read_metrics(folder)
     train = [record for record in records if "loss" in record]
+    assert [record["step"] for record in train] == list(range(1, len(train) + 1))
     (*_, last) = (record for record in records if "validation_loss" in record)
     return Curve(
-        losses={record["step"]: record["loss"] for record in train},
+        losses=[round(record["loss"], 5) for record in train],
         validation=last["validation_loss"],
         eighths=last["validation_loss_by_position"],
         plans=[(record["step"], record["layer_plan"]) for record in train if "layer_plan" in record],
-        tokens_per_second=statistics.median(record["tokens_per_second"] for record in train),
     )
 
 
@@ -141,96 +182,125 @@ def around_switch(hybrid: Curve, moba: Curve) -> Switch:
     L_t - L_(t-1) over t = s - W + 1 .. s; jump = L_(s+1) - L_s; rise = max of L_(s+1) .. L_(s+K) less the mean of
     L_(s-K+1) .. L_s; excess = max over the same K steps of hybrid's loss less MoBA's, which sees the same batches.
     """
-    first = next(step for (_, old), (step, plan) in itertools.pairwise(hybrid.plans) if plan != old)
-    losses, step = hybrid.losses, first - 1
+    step = next(step for (_, old), (step, plan) in itertools.pairwise(hybrid.plans) if plan != old) - 1
+    losses = hybrid.losses  # losses[step] is L_(s+1)
     before = min(NOISE_STEPS, step - 1)
-    after = min(AFTER_STEPS, max(losses) - step, step)
-    sigma = statistics.stdev(losses[t] - losses[t - 1] for t in range(step - before + 1, step + 1))
-    later = range(step + 1, step + after + 1)
-    level = statistics.fmean(losses[t] for t in range(step - after + 1, step + 1))
+    after = min(AFTER_STEPS, len(losses) - step, step)
+    sigma = statistics.stdev(losses[t] - losses[t - 1] for t in range(step - before, step))
+    level = statistics.fmean(losses[step - after : step])
     return Switch(
         step=step,
         before=before,
         after=after,
         sigma=sigma,
-        jump=(losses[first] - losses[step]) / sigma,
-        rise=(max(losses[t] for t in later) - level) / sigma,
-        excess=max(losses[t] - moba.losses[t] for t in later) / sigma,
-        apart=max(abs(losses[t] - moba.losses[t]) for t in range(1, step + 1)),
+        jump=(losses[step] - losses[step - 1]) / sigma,
+        rise=(max(losses[step : step + after]) - level) / sigma,
+        excess=max(losses[t] - moba.losses[t] for t in range(step, step + after)) / sigma,
+        apart=max(abs(losses[t] - moba.losses[t]) for t in range(step)),
     )
 
 
-def write_page(curves: dict[str, Curve], switch: Switch, provenance: str) -> str:
+def write_page(seeds: list[Seed], switches: list[Switch], told: dict[str, Any]) -> str:
     """The results page in Markdown."""
-    gap = curves["hybrid"].eighths[-1] - curves["full"].eighths[-1]
-    largest = max(switch.jump, switch.rise, switch.excess)
-    full, moba, hybrid = ([curves[arm].validation, *curves[arm].eighths] for arm in ("full", "moba", "hybrid"))
-    after, sigmas = switch.after, "{:+.2f}".format
+    gaps = {arm: [seed[arm].eighths[-1] - seed["full"].eighths[-1] for seed in seeds] for arm in ("moba", "hybrid")}
+    gap, largest = statistics.fmean(gaps["hybrid"]), max(switch.largest for switch in switches)
+    sigmas, nats = "{:+.2f}".format, "{:+.4f}".format
+    means = {arm: _mean_losses([seed[arm] for seed in seeds]) for arm in ARMS}
+    first, steps = switches[0], len(seeds[0]["full"].losses)
+    count = f"{len(seeds)} seed{'s' * (len(seeds) > 1)}"
     parts = [
         "# MoBA, full attention, and MoBA that switches to full attention at nine tenths of training",
-        provenance,
-        _table(
-            ["criterion", "measured", "at most", ""],
+        "The MoBA report (arXiv 2502.13189, section 3.2) trained 1.5B parameters with MoBA for 90 % of the tokens and "
+        "full attention for the rest: the loss by position ended at full attention's, and did not spike at the switch. "
+        f"Here a small GPT, {steps} steps, {first.step} of them MoBA in the hybrid, {count}.",
+        *provenance(told),
+        "## What came out",
+        table(
+            ["expected", "measured", "at most", ""],
             [
-                "hybrid less full in the last eighth of the context, nats per token",
-                f"{gap:+.4f}",
+                "hybrid less full in the last eighth of the context, nats per token, mean over seeds",
+                nats(gap),
                 POSITION_BOUND,
-                _verdict(gap, POSITION_BOUND),
+                verdict(gap <= POSITION_BOUND),
             ],
             [
-                "largest rise of the loss at the switch, sigmas",
+                "largest rise of the loss at the switch over seeds, sigmas",
                 sigmas(largest),
                 SPIKE_BOUND,
-                _verdict(largest, SPIKE_BOUND),
+                verdict(largest <= SPIKE_BOUND),
             ],
         ),
-        "## Validation loss after training, nats per token, whole and by eighths of the context",
-        _table(
-            ["arm", "all", *(f"{i}/{EIGHTHS}" for i in range(1, EIGHTHS + 1)), "tokens/s"],
+        f"In the last eighth MoBA alone is {nats(statistics.fmean(gaps['moba']))} nats per token from full attention, "
+        f"the hybrid {nats(gap)}. {_noise(seeds)}",
+        f"## Validation loss, nats per token, whole and by eighths of the context: means over {count}",
+        table(
+            ["", "all", *(f"{i}/{EIGHTHS}" for i in range(1, EIGHTHS + 1))],
+            *([arm, *(f"{loss:.4f}" for loss in losses)] for arm, losses in means.items()),
             *(
-                [arm, *(f"{loss:.4f}" for loss in losses), f"{curves[arm].tokens_per_second:,.0f}"]
-                for arm, losses in (("full", full), ("moba", moba), ("hybrid", hybrid))
-            ),
-            *(
-                [f"{arm} - full", *(f"{loss - base:+.4f}" for loss, base in zip(losses, full, strict=True)), ""]
-                for arm, losses in (("moba", moba), ("hybrid", hybrid))
+                [f"{arm} - full", *(nats(a - b) for a, b in zip(means[arm], means["full"], strict=True))]
+                for arm in ("moba", "hybrid")
             ),
         ),
         "## The switch",
-        _table(
-            ["", "sigmas"],
-            ["jump: first step of full attention less the step before it", sigmas(switch.jump)],
-            [f"rise: highest of the first {after} full steps less the mean of the {after} before", sigmas(switch.rise)],
-            [f"excess: highest of hybrid less MoBA on the same batch, of these {after} steps", sigmas(switch.excess)],
+        table(
+            ["sigmas", *(f"seed {i}" for i in range(len(seeds)))],
+            ["jump: first step of full attention less the step before it", *(sigmas(s.jump) for s in switches)],
+            [
+                f"rise: highest of the first {first.after} full steps less the mean of the {first.after} before",
+                *(sigmas(s.rise) for s in switches),
+            ],
+            [
+                f"excess: highest of hybrid less MoBA on the same batch, of these {first.after} steps",
+                *(sigmas(s.excess) for s in switches),
+            ],
+            ["one sigma, nats per token", *(f"{s.sigma:.4f}" for s in switches)],
+            ["hybrid and MoBA at most apart before the switch, nats", *(f"{s.apart:.2g}" for s in switches)],
         ),
-        f"One sigma is {switch.sigma:.4f} nats per token: the sample standard deviation of the changes of the hybrid's "
-        f"training loss from step to step, L_t - L_(t-1), over its last {switch.before} steps of MoBA. The criterion "
-        "takes the largest of the three. Jump and rise contain the difference between batches. Excess does not: both "
-        "arms see the same batches from the same weights, and up to the last step before the switch, "
-        f"step {switch.step}, their losses differ by at most {switch.apart:.2g} nats.",
+        "One sigma is the sample standard deviation of the changes of the hybrid's training loss from step to step, "
+        f"L_t - L_(t-1), over its last {first.before} steps of MoBA. The criterion takes the largest of the three. "
+        "Jump and rise contain the difference between batches; in excess hybrid and MoBA see the same ones.",
         "![training loss, the same around the switch, and validation loss by position](results.png)",
+        "## Settings of all trainings",
+        overrides_block(told["setting"]),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def draw(curves: dict[str, Curve], switch: Switch, path: Path) -> None:
-    """Training loss of all arms, the same around the switch, and validation loss by position."""
+def draw(seed: Seed, switch: Switch, path: Path) -> None:
+    """Training loss of one seed's arms, the same around the switch, and validation loss by position less full's."""
     figure = Figure(figsize=(15, 4.2), layout="tight")
     whole, near, position = figure.subplots(1, 3)
-    window = range(max(1, switch.step - 30), switch.step + 31)
+    window = range(max(1, switch.step - 30), min(switch.step + 31, len(seed["full"].losses) + 1))
     for arm, style in (("full", "-"), ("hybrid", "-"), ("moba", "--")):  # MoBA lies on the hybrid until the switch
-        curve = curves[arm]
-        for axes, steps in ((whole, curve.losses), (near, [t for t in window if t in curve.losses])):
-            axes.plot(list(steps), [curve.losses[t] for t in steps], style, linewidth=1, label=arm)
+        curve = seed[arm]
+        for axes, steps in ((whole, range(1, len(curve.losses) + 1)), (near, window)):
+            axes.plot(list(steps), [curve.losses[t - 1] for t in steps], style, linewidth=1, label=arm)
         centres = [(i + 0.5) / EIGHTHS for i in range(EIGHTHS)]
-        position.plot(centres, curve.eighths, f"o{style}", markersize=4, label=arm)
+        apart = [a - b for a, b in zip(curve.eighths, seed["full"].eighths, strict=True)]
+        position.plot(centres, apart, f"o{style}", markersize=4, label=arm)
+    position.axhline(POSITION_BOUND, color="0.4", linestyle=":", linewidth=0.8)
     for axes, title in ((whole, "training"), (near, "around the switch")):
         axes.axvline(switch.step + 0.5, color="0.4", linestyle="--", linewidth=0.8)
         axes.set(xlabel="step", ylabel="training loss (nats per token)", title=title)
-    position.set(xlabel="position in the context", ylabel="validation loss (nats per token)", title="by position")
+    position.set(xlabel="position in the context", ylabel="validation loss less full's (nats)", title="by position")
     for axes in (whole, near, position):
         axes.legend()
     figure.savefig(path, dpi=120)
+
+
+def _mean_losses(curves: list[Curve]) -> list[float]:
+    """Validation loss, whole and by eighths, meaned over curves."""
+    rows = [[curve.validation, *curve.eighths] for curve in curves]
+    return [statistics.fmean(column) for column in zip(*rows, strict=True)]
+
+
+def _noise(seeds: list[Seed]) -> str:
+    """How far trainings lie apart that should agree: what a gap has to be compared with."""
+    if len(seeds) < 2:
+        return "One seed: how much of this is chance is not known."
+    ends = [seed["full"].eighths[-1] for seed in seeds]
+    gaps = ", ".join(f"{seed['hybrid'].eighths[-1] - seed['full'].eighths[-1]:+.4f}" for seed in seeds)
+    return f"By seed the hybrid's are {gaps}; full attention's own losses are {max(ends) - min(ends):.4f} apart there."
 
 
 def _arguments() -> argparse.Namespace:
@@ -238,12 +308,16 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=summary, epilog=text, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="a tiny model and few steps: does it work?")
-    parser.add_argument("--steps", type=int, help="of each arm; the switch is at nine tenths")
-    parser.add_argument("--out", help="of the runs (default: runs/schedule_switch)")
-    parser.add_argument("--data", default="data/stdlib", help="prepared folder; prepared now if it is not there")
-    parser.add_argument("--nproc", type=int, default=1, help="processes (on GPUs: one each) of an arm (default: 1)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="given to every arm")
+    add = parser.add_argument
+    add("--quick", action="store_true", help="a tiny model and few steps: does it work?")
+    add("--page", action="store_true", help="only write the page again")
+    add("--steps", type=int, help="of each training; the switch is at nine tenths")
+    add("--seeds", type=int, metavar="K", help="trainings of each kind (default: 2 on a GPU, 1 on a CPU)")
+    add("--at-once", type=int, metavar="N", help="trainings side by side (default: 6 on a GPU, 2 on a CPU)")
+    add("--out", help="of the runs (default: runs/schedule_switch)")
+    add("--data", help="prepared folder; prepared now if it is not there (default: one below data/)")
+    add("--nproc", type=int, default=1, metavar="N", help="processes (on GPUs: one each) of a training (default: 1)")
+    add("overrides", nargs="*", metavar="key=value", help="given to every training")
     args = parser.parse_args()
     if args.steps is not None and args.steps < 20:
         parser.error("--steps must be at least 20: the last tenth is trained with full attention")
@@ -251,7 +325,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _overrides(setting: Setting, steps: int, data: Path) -> list[str]:
-    """What all arms share. Validation covers the whole split, with one document a row so that all positions count."""
+    """What all share. Validation covers the whole split, in rows of running text so that all positions count."""
     rows = math.ceil((dataset_info(data).valid.tokens - 1) / setting.sequence_length)
     return [
         "recipe=tiny",
@@ -260,72 +334,17 @@ def _overrides(setting: Setting, steps: int, data: Path) -> list[str]:
         f"train.steps={steps}",
         f"train.sequence_length={setting.sequence_length}",
         f"train.global_batch_size={setting.batch}",
-        "train.validate_every=0",
+        f"train.validate_every={steps}",
         f"train.validation_batches={math.ceil(rows / setting.batch)}",
-        f"attention.block_size={setting.sequence_length // 16}",
+        f"attention.block_size={setting.block_size}",
         "attention.top_k=3",
         "attention.dense_last_layers=0",
+        "metrics.gate_every=0",
         f"metrics.position_buckets={EIGHTHS}",
         f"checkpoint.save_every={max(1, steps // 4)}",
         "checkpoint.keep_last=1",
         *setting.overrides,
     ]
-
-
-def _run_arm(folder: Path, overrides: list[str], steps: int, processes: int) -> None:
-    """Train one arm to its end, unless that was done before."""
-    record = folder / "arm.json"
-    if record.exists() and (found := json.loads(record.read_text())) != overrides:
-        other = ", ".join(sorted(set(found) ^ set(overrides)))
-        raise SystemExit(f"{folder} was started with other settings ({other}): choose another --out, or delete it")
-    if _finished(folder, steps):
-        print(f"{folder.name}: finished before", flush=True)
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps(overrides, indent=1))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    print(f"{folder.name}:", flush=True)
-    subprocess.run([*launcher, "launch/pretrain.py", *overrides, f"run.dir={folder}"], cwd=ROOT, check=True)
-    if not _finished(folder, steps):
-        raise SystemExit(f"{folder.name} was stopped; the same command goes on")
-
-
-def _finished(folder: Path, steps: int) -> bool:
-    path = folder / "metrics.jsonl"
-    return path.exists() and any(r["step"] == steps and "validation_loss" in r for r in read_metrics(folder))
-
-
-def _table(head: list[str], *rows: list[Any]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
-
-
-def _verdict(value: float, bound: float) -> str:
-    return "met" if value <= bound else "not met"
-
-
-def _provenance(args: argparse.Namespace, steps: int, overrides: list[str]) -> str:
-    """Device, versions, command and settings, without the names of anybody's folders."""
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "megatron-core"))
-    given = ["--quick"] * args.quick + ([f"--steps {args.steps}"] if args.steps else []) + args.overrides
-    command = " ".join(["python experiments/schedule_switch/run.py", *filter(_names_no_folder, given)])
-    return "\n".join(
-        [
-            *(["**A quick run: it shows that the experiment works, and its numbers mean nothing.**", ""] * args.quick),
-            f"`{command}`, {args.nproc} process(es) an arm",
-            "",
-            f"{devices.device_name()}; {versions}, Python {platform.python_version()}; {datetime.date.today()}. "
-            f"{steps} steps. Data: the Python standard library's sources. All arms:",
-            "",
-            "```",
-            *filter(_names_no_folder, overrides),
-            "```",
-        ]
-    )
-
-
-def _names_no_folder(override: str) -> bool:
-    return not override.startswith(("data.path=", "data.cache_dir="))
 
 
 if __name__ == "__main__":

@@ -14,8 +14,12 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
+import itertools
 import json
+import multiprocessing
 import random
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -27,6 +31,7 @@ from moba_train.data.sources import Corpus, find_files, standard_library_files
 from moba_train.data.split import text_hash, valid_threshold
 
 MAX_ANSWER = 40  # characters
+_PARALLEL = 100  # texts from which on all cores are used
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
@@ -87,23 +92,34 @@ def parse_arguments() -> argparse.Namespace:
 
 def make_rows(texts: list[str], characters: int, loss_share: float, seed: int) -> list[dict]:
     """A chat row for each piece of each text that can be asked about, in an order of its own."""
-    choice = random.Random(seed)
+    make = functools.partial(_rows_of, characters=characters, loss_share=loss_share, seed=seed)
+    if len(texts) < _PARALLEL:
+        rows = list(itertools.chain.from_iterable(map(make, texts)))
+    else:
+        # spawn: a fork would take along whatever threads its parent has
+        with multiprocessing.get_context("spawn").Pool() as pool:
+            rows = list(itertools.chain.from_iterable(pool.imap(make, texts, chunksize=16)))
+    random.Random(seed).shuffle(rows)
+    return rows
+
+
+def _rows_of(text: str, characters: int, loss_share: float, seed: int) -> list[dict]:
+    """The rows of one text. What is asked depends on the text and the seed alone."""
+    document = f"{text_hash(text):016x}"
+    choice = random.Random(f"{seed} {document}")
     rows = []
-    for text in texts:
-        document = f"{text_hash(text):016x}"
-        for piece in pieces(text, characters):
-            found = questions(piece)
-            choice.shuffle(found)
-            budget = loss_share * len(piece)
-            chosen: list[Question] = []
-            for question in found:
-                if chosen and budget < len(question.answer):
-                    break
-                chosen.append(question)
-                budget -= len(question.answer)
-            if chosen:
-                rows.append({"messages": conversation(piece, chosen), "document": document})
-    choice.shuffle(rows)
+    for piece in pieces(text, characters):
+        found = questions(piece)
+        choice.shuffle(found)
+        budget = loss_share * len(piece)
+        chosen: list[Question] = []
+        for question in found:
+            if chosen and budget < len(question.answer):
+                break
+            chosen.append(question)
+            budget -= len(question.answer)
+        if chosen:
+            rows.append({"messages": conversation(piece, chosen), "document": document})
     return rows
 
 
@@ -122,7 +138,7 @@ def pieces(text: str, characters: int) -> Iterator[str]:
         tree = ast.parse(text)
     except (SyntaxError, ValueError):
         return
-    lines = text.splitlines(keepends=True)
+    lines = _lines(text)
     # A statement begins after the one before it ends, so that its comments and decorators come with it.
     ends = [node.end_lineno or 0 for node in tree.body]
     start = size = 0
@@ -150,10 +166,11 @@ def questions(source: str) -> list[Question]:
     # A name that is defined twice, or bound elsewhere too, has no single answer.
     names = Counter(node.name for node in ast.walk(tree) if isinstance(node, _DEFINITIONS))
     names.update(node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store))
+    lines = _lines(source)
     return [
         Question(text, answer)
         for name, text, node in _asked(tree)
-        if names[name] == 1 and (answer := _spelling(source, node)) is not None
+        if names[name] == 1 and (answer := _spelling(lines, node)) is not None
     ]
 
 
@@ -188,10 +205,17 @@ def _returns(function: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[ast.e
             waiting += ast.iter_child_nodes(node)
 
 
-def _spelling(source: str, node: ast.expr) -> str | None:
-    """The expression as the source spells it, if that is short and on one line."""
-    segment = ast.get_source_segment(source, node)
-    return segment if segment and len(segment) <= MAX_ANSWER and "\n" not in segment else None
+def _spelling(lines: list[str], node: ast.expr) -> str | None:
+    """The expression as the source spells it, if that is short and on one line. Columns of a tree count UTF-8 bytes."""
+    if node.end_lineno != node.lineno:
+        return None
+    segment = lines[node.lineno - 1].encode()[node.col_offset : node.end_col_offset].decode()
+    return segment if len(segment) <= MAX_ANSWER else None
+
+
+def _lines(text: str) -> list[str]:
+    """Lines as the parser counts them, ends kept: str.splitlines also breaks at form feeds and the like."""
+    return re.findall(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+$", text)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,9 @@ def wrap(
     overlap: bool = True,
     inner_group: dist.ProcessGroup | None = None,
 ) -> Callable:
-    """`op` (full_attention, moba_attention or a partial of one) over the context shared by the ranks of `group`.
+    """`op` (full_attention or moba_attention) over the context shared by the ranks of `group`.
+
+    Block size, top-k and the gate's other options are given to each call: `ring` routes by them before the op runs.
 
     Args:
         strategy: "all_gather", "all_to_all" or "ring".

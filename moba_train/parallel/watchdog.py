@@ -13,6 +13,7 @@ Invariant: phases are noted alike on all ranks, so their count says who is behin
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -26,6 +27,7 @@ from datetime import timedelta
 from types import TracebackType
 from typing import Any
 
+import psutil
 import torch.distributed as dist
 
 from moba_train.config.schema import ConfigError
@@ -317,4 +319,14 @@ def _leave() -> None:
     sys.stderr.flush()
     for child in multiprocessing.active_children():  # a checkpoint's writers would outlive this exit
         child.kill()
+    _end_stopped_neighbours()
     os._exit(1)
+
+
+def _end_stopped_neighbours() -> None:
+    """A stopped process heeds no other signal: torchrun would wait half a minute for each rank of this run that is."""
+    for process in psutil.Process(os.getppid()).children():
+        with contextlib.suppress(psutil.Error):
+            stopped = process.status() == psutil.STATUS_STOPPED
+            if stopped and process.environ().get("MASTER_PORT") == os.environ["MASTER_PORT"]:
+                process.kill()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import json
 import math
 import re
@@ -12,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from experiments.sparse_loss_sft import build
-from experiments.sparse_loss_sft.run import Arm, draw, gap_closed, mean_losses, write_page
+from experiments.sparse_loss_sft.page import Arm, mean_losses, publish, rank_correlation
+from experiments.sparse_loss_sft.run import _doublings
 
 SOURCE = '''
 LIMIT = 0x10
@@ -104,6 +106,12 @@ def check(source: str, question: str, answer: str) -> None:
         assert re.search(rf"^{name} *= *\(?{re.escape(answer)}", source, re.MULTILINE)
 
 
+def test_lines_are_those_of_the_parser() -> None:
+    source = '"""é"""; x = 1\r\n\n\x0cNAME = "ü"; OTHER = "é"\nSMALL = 3\n'
+    assert {question.answer for question in build.questions(source)} == {"1", '"ü"', '"é"', "3"}
+    assert next(build.pieces(source, 80)).endswith("SMALL = 3")
+
+
 def test_sources_without_questions_are_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -113,30 +121,49 @@ def test_sources_without_questions_are_an_error(
     assert "no train row" in capsys.readouterr().err
 
 
-def arms(*losses: float, density: bool = False) -> list[Arm]:
-    layers = [0, 1, 2, 4]
-    shares = {n: [0.1 * n + 0.1] * 4 if density else None for n in layers}
-    return [Arm(n, 0, loss, [(1, 3.0), (2, loss)], shares[n]) for n, loss in zip(layers, losses, strict=True)]
+def arms(*losses: float, seed: int = 0) -> list[Arm]:
+    """With 0, 1, 2 and 4 full layers of 4."""
+    return [
+        Arm(n, seed, loss, [3.0, loss], direct=[0.1 * n + 0.1] * 4, through=[0.5] * 4, loss_share=0.01)
+        for n, loss in zip([0, 1, 2, 4], losses, strict=True)
+    ]
 
 
-def test_the_page_says_what_was_found(tmp_path: Path) -> None:
-    good = arms(2.0, 1.9, 1.05, 1.0, density=True)
-    losses = mean_losses(good)
-    assert gap_closed(losses, 2) == pytest.approx(0.95)
-    page = write_page(good, 4, "how")
-    assert page.count("| met |") == 2
-    assert "| 2 | 1.0500 |  | 0.95 | 0.300 |" in page
-    assert "| 4 | 0.500 | 0.500 | 0.500 | 0.500 |" in page
-    bad = write_page(arms(2.0, 2.1, 1.5, 1.0), 4, "how")
-    assert bad.count("| not met |") == 2
-    assert "density" not in bad
-    assert "nan" in write_page(arms(1.0, 1.0, 1.0, 1.0), 4, "how")
-    draw(good, tmp_path / "picture.png")
-    assert (tmp_path / "picture.png").stat().st_size > 1000
+@pytest.mark.parametrize(
+    "losses, met, correlation",
+    [((2.0, 1.9, 1.05, 1.0), 3, "-1.00"), ((2.0, 2.1, 1.5, 1.0), 0, "-0.80"), ((1.0, 1.0, 1.0, 1.0), 2, "+nan")],
+)
+def test_the_page_says_what_was_found(tmp_path: Path, losses: tuple[float, ...], met: int, correlation: str) -> None:
+    told = {"command": "how", "device": "where", "versions": {}, "packages": [], "date": "when", "setting": ["a.key=7"]}
+    results = {"depth": 4, "characters": 2000, "pretrain_steps": 9, "environment": told | {"quick": False}}
+    for name in ("own", "other"):
+        found = [dataclasses.asdict(arm) for arm in arms(*losses)]
+        (tmp_path / f"results_{name}.json").write_text(json.dumps(results | {"name": name, "arms": found}))
+    publish(tmp_path)
+    page = (tmp_path / "README.md").read_text()
+    assert page.count("| met |") == 2 * met
+    assert page.count("| **not met** |") == 2 * (3 - met)
+    assert page.count(f"rank correlation {correlation} ") == 2
+    assert page.index("pretrained here for 9 steps") < page.index("## From other")
+    if met == 3:
+        assert "| 2 | 1.0500 | 0.95 | 30.0% | 50.0% |" in page
+    for name in ("own", "other"):
+        assert f"(results_{name}.png)" in page
+        assert (tmp_path / f"results_{name}.png").stat().st_size > 1000
+
+
+def test_full_layers_that_are_tried() -> None:
+    assert _doublings(4) == [0, 1, 2, 4]
+    assert _doublings(30) == [0, 1, 2, 4, 8, 15, 30]
+
+
+def test_ranks_are_correlated() -> None:
+    assert rank_correlation([1.0, 5.0, 9.0], [0.3, 0.2, -4.0]) == pytest.approx(-1)
+    assert math.isnan(rank_correlation([1.0], [2.0]))
 
 
 def test_seeds_are_averaged() -> None:
-    pair = [*arms(2.0, 1.9, 1.1, 1.0), *arms(2.2, 1.9, 1.1, 1.0)]
+    pair = [*arms(2.0, 1.9, 1.1, 1.0), *arms(2.2, 1.9, 1.1, 1.0, seed=1)]
     mean, error = mean_losses(pair)[0]
     assert mean == pytest.approx(2.1)
     assert error == pytest.approx(0.1)

@@ -1,7 +1,8 @@
 """Run a function on several ranks, each its own process, and bring back results or the first failing traceback.
 
-`fn(rank, world_size, *args)` must live at the top of a module and return something picklable. Starting processes
-costs seconds: put many cases into one call.
+`fn(rank, world_size, *args)` must live at the top of a module and return something picklable. On a CPU ranks are forks
+of a server that has imported what they all need (preload.py) and runs no thread, so a rank costs a fraction of a
+second; with GPUs, which do not survive a fork, each is a new interpreter.
 """
 
 from __future__ import annotations
@@ -16,14 +17,16 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing.context import ForkServerContext, SpawnContext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 __all__ = ["run_distributed"]
+
+_PRELOAD = ["tests.helpers.preload"]
 
 
 def run_distributed(fn: Callable, world_size: int, *args: Any, timeout: float = 120, backend: str = "gloo") -> list:
@@ -34,9 +37,10 @@ def run_distributed(fn: Callable, world_size: int, *args: Any, timeout: float = 
     Raises AssertionError with the failing ranks' tracebacks, or naming the ranks still running at the timeout.
     """
     with tempfile.TemporaryDirectory() as folder:
-        context = mp.get_context("spawn")
+        context = _context(backend)
+        environment = dict(os.environ)  # the server has that of its own start
         processes = [
-            context.Process(target=_rank_main, args=(fn, rank, world_size, args, folder, timeout, backend))
+            context.Process(target=_rank_main, args=(fn, rank, world_size, args, folder, timeout, backend, environment))
             for rank in range(world_size)
         ]
         for process in processes:
@@ -48,6 +52,14 @@ def run_distributed(fn: Callable, world_size: int, *args: Any, timeout: float = 
                 process.kill()
                 process.join()
         return [pickle.loads((Path(folder) / f"{rank}.result").read_bytes()) for rank in range(world_size)]
+
+
+def _context(backend: str) -> SpawnContext | ForkServerContext:
+    if backend == "nccl":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    return context
 
 
 def _wait(processes: list, folder: Path, timeout: float) -> None:
@@ -75,17 +87,25 @@ def _report(processes: list, folder: Path) -> str:
 
 
 def _rank_main(
-    fn: Callable, rank: int, world_size: int, args: tuple, folder: str, timeout: float, backend: str
+    fn: Callable,
+    rank: int,
+    world_size: int,
+    args: tuple,
+    folder: str,
+    timeout: float,
+    backend: str,
+    environment: dict[str, str],
 ) -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
-    # megatron-core imports it where it can and uses it for nothing here: a second a process.
-    sys.modules.setdefault("wandb", None)  # type: ignore[arg-type]
+    os.environ.clear()
+    os.environ.update(environment, OMP_NUM_THREADS="1")
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
     # A rank that hangs says where, shortly before the parent ends it.
     stack = (Path(folder) / f"{rank}.stack").open("w")
     faulthandler.dump_traceback_later(0.7 * timeout, file=stack)
     try:
+        if backend != "nccl":
+            _check_single_thread(os.getppid())
         store = dist.FileStore(f"{folder}/store", world_size)
         if backend == "nccl":
             torch.cuda.set_device(rank)
@@ -99,6 +119,12 @@ def _rank_main(
         (Path(folder) / f"{rank}.error").write_text(traceback.format_exc())
         _leave(1)
     _leave(0)
+
+
+def _check_single_thread(server: int) -> None:
+    threads = Path(f"/proc/{server}/task")
+    if threads.is_dir() and len(list(threads.iterdir())) > 1:
+        raise RuntimeError("the server that ranks are forked from runs threads, whose locks the ranks inherit")
 
 
 def _leave(code: int) -> None:

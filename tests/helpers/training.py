@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import sysconfig
 from pathlib import Path
@@ -91,6 +92,10 @@ def _train(
         return [(result.loss, result.grad_norm) for result in results], validation
     finally:
         parallel_state.destroy_model_parallel()  # the process group belongs to the spawned test
+        if torch.cuda.is_available():  # for the next layout's model
+            del run
+            gc.collect()
+            torch.cuda.empty_cache()
 
 
 def losses_of_layouts(

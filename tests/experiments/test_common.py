@@ -1,0 +1,93 @@
+"""Trainings side by side: what runs, what is left alone, what is told; where numbers come from."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from experiments import common
+from experiments.common import Training, environment, provenance, train_all
+
+# Trains to the step that `stop_at` says, once; or fails; or waits to be told to stop.
+SCRIPT = """
+import json, os, pathlib, signal, sys, time
+given = dict(argument.split("=", 1) for argument in sys.argv[1:])
+folder = pathlib.Path(given["run.dir"])
+with (folder / "calls").open("a") as calls:
+    calls.write("x")
+if given.get("mode") == "fail":
+    sys.exit("no such thing")
+if given.get("mode") == "wait":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    (folder / "ready").touch()
+    time.sleep(60)
+step = int(given["steps"])
+(folder / "metrics.jsonl").write_text(json.dumps({"step": step, "loss": 1.0, "validation_loss": 1.0}) + "\\n")
+(folder / "checkpoints").mkdir(exist_ok=True)
+(folder / "checkpoints" / "latest").write_text(f"step_{step:08d}")
+"""
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> str:
+    path = tmp_path / "train.py"
+    path.write_text(SCRIPT)
+    return str(path)
+
+
+def calls(training: Training) -> int:
+    return len((training.folder / "calls").read_text())
+
+
+def test_what_is_finished_is_left_alone_and_a_failure_stops_no_other(
+    tmp_path: Path, script: str, capsys: pytest.CaptureFixture
+) -> None:
+    good = [Training(tmp_path / f"good{i}", script, ["steps=9"], 9) for i in range(3)]
+    bad = Training(tmp_path / "bad", script, ["mode=fail"], 9)
+    for _ in range(2):
+        with pytest.raises(SystemExit, match="not finished: bad;"):
+            train_all([good[0], bad, *good[1:]], at_once=2)
+    assert [calls(training) for training in (*good, bad)] == [1, 1, 1, 2]
+    assert "no such thing" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match=r"other settings \(steps=8, steps=9\)"):
+        train_all([Training(tmp_path / "good0", script, ["steps=8"], 8)], at_once=1)
+
+
+def test_told_to_stop_it_stops_its_trainings_and_goes_on_later(tmp_path: Path, script: str) -> None:
+    training = Training(tmp_path / "long", script, ["mode=wait", "steps=9"], 9)
+
+    def stop() -> None:
+        while not (training.folder / "ready").exists():
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop, daemon=True).start()
+    with pytest.raises(SystemExit, match="the same command goes on"):
+        train_all([training], at_once=1)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert calls(training) == 1
+
+
+def test_a_page_names_no_folder_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        sys, "argv", ["/home/me/experiments/some/run.py", "--hf", "/home/me/smol", "optim.epsilon=1e-8"]
+    )
+    told = environment([], ["data.path=/home/me/data", "train.steps=9"], quick=False)
+    page = "\n".join(provenance(json.loads(json.dumps(told))))
+    assert "/home" not in page
+    assert "python -m experiments.some.run --hf smol optim.epsilon=1e-8" in page
+    assert "the Python standard library" in page
+    assert told["setting"] == ["train.steps=9"]
+
+
+def test_sources_of_packages() -> None:
+    assert common.inputs([]) == []
+    assert [Path(path).name for path in common.inputs(["numpy", "torch"])] == ["--input", "numpy", "torch"]
+    with pytest.raises(SystemExit, match="no_such_package is not installed"):
+        common.inputs(["no_such_package"])
