@@ -46,12 +46,8 @@ def transformer_config(config: RunConfig, device: torch.device) -> TransformerCo
     elif parallel.recompute == "selective":  # attention keeps little: recompute the MLP
         options |= {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}
     if config.precision == "fp8":
-        options |= {
-            "fp8": "hybrid",
-            "fp8_recipe": "delayed",
-            "fp8_amax_history_len": 1024,
-            "fp8_amax_compute_algo": "max",
-        }
+        # Scales of the present tensors: no history to keep, so none in a checkpoint (it would be a pickle).
+        options |= {"fp8": "hybrid", "fp8_recipe": "tensorwise"}
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
