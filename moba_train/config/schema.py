@@ -29,6 +29,7 @@ __all__ = [
     "RunConfig",
     "RunDirConfig",
     "SftConfig",
+    "StageConfig",
     "TrainConfig",
     "WandbConfig",
     "from_dict",
@@ -180,6 +181,7 @@ class DataConfig:
 
     path: str | None = None
     blend: dict[str, float] | None = None  # prepared folder -> weight
+    length_buckets: dict[str, int] | None = None  # least tokens of a document -> times it comes in a pass; None: once
     mode: str = "packed"  # packed: documents kept apart | concatenated: one document per row
     seed: int = 1234
     cache_dir: str | None = None  # of the sample indices; None: beside the data
@@ -255,6 +257,18 @@ class RunDirConfig:
 
 
 @dataclass(frozen=True)
+class StageConfig:
+    """A part of a run with a sequence length of its own; what it may set beside is in config/stages.py."""
+
+    steps: int = 0
+    sequence_length: int = 0
+    model: dict[str, Any] = field(default_factory=dict)  # rope_scaling, rope_base, max_position_embeddings
+    attention: dict[str, Any] = field(default_factory=dict)
+    parallel: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)  # path or blend, length_buckets
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """Everything about one run. `precision=fp8` needs transformer_impl=transformer_engine."""
 
@@ -273,6 +287,7 @@ class RunConfig:
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
     run: RunDirConfig = field(default_factory=RunDirConfig)
+    stages: dict[str, StageConfig] | None = None  # by name, in order (config/stages.py); None: the run is one stage
 
     def with_dense_last_layers(self, number: int) -> RunConfig:
         """The same run with a number of dense last layers, where `auto` stood."""
@@ -308,6 +323,8 @@ def unknown_key(key: str, value: Any, known: typing.Iterable[str]) -> ConfigErro
 
 
 def _convert(value: Any, hint: Any, key: str) -> Any:
+    if hint is Any:
+        return value
     if isinstance(hint, types.UnionType):  # X | None, or int | str
         if value is None and type(None) in typing.get_args(hint):
             return None

@@ -1,17 +1,19 @@
 """Train and validation rows of prepared folders, on megatron-core's memory-mapped datasets.
 
-Train: a folder is one megatron-core GPTDataset of one pass (an epoch) over shuffled documents; the first pass takes its
-rows in megatron-core's order, each later one in an order of its own. A blend deals samples to folders by its blending
-order. Sample i is the same row however many are asked for: a run that is made longer sees what it would have seen.
+Train: a folder is one megatron-core GPTDataset of one pass (an epoch) over shuffled documents, each as often as
+data.length_buckets says; the first pass takes its rows in megatron-core's order, each later one in an order of its own.
+A blend deals samples to folders by its blending order. Sample i is the same row however many are asked for: a run that
+is made longer sees what it would have seen.
 Validation: the same rows each time, in file order, spread evenly over the split, none of them twice.
 Shapes: S tokens a row.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import pickle
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -27,10 +29,13 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 from moba_train.config.schema import ConfigError, DataConfig
 from moba_train.data.batch import Batch
 from moba_train.data.info import DatasetInfo, dataset_info
+from moba_train.data.length_buckets import describe_buckets, times_of_documents
 from moba_train.data.packing import pack_row
 from moba_train.data.validate import weighted_folders
 
 __all__ = ["PretrainData", "TrainRows", "ValidRows", "build_datasets"]
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,7 @@ def build_datasets(
     weights = [weight for _, weight in weighted_folders(data)]
     order = _blend_order(weights, train_samples)
     passes = [
-        _build_pass(folder, data.seed, Path(cache_dir) if cache_dir is not None else folder.path / "cache")
+        _build_pass(folder, data, Path(cache_dir) if cache_dir is not None else folder.path / "cache")
         for folder in folders
     ]
     shares = _largest_remainder(weights, valid_samples)
@@ -177,15 +182,19 @@ def _epoch_order(rows: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(rows)
 
 
-def _build_pass(folder: _Folder, seed: int, cache_dir: Path) -> GPTDataset:
-    """One pass over the train split."""
+def _build_pass(folder: _Folder, data: DataConfig, cache_dir: Path) -> GPTDataset:
+    """One pass over the train split, its documents as often as data.length_buckets says."""
     if folder.info.train.tokens - 1 < folder.sequence_length:
         what = f"the train split of {folder.path} has {folder.info.train.tokens} tokens, fewer than one row"
         raise ConfigError("train.sequence_length", folder.sequence_length, f"{what}; prepare more text")
     # The content's hash is part of the cache's key: data prepared anew in the same place gets new indices.
-    facts = {"tokenizer": folder.info.tokenizer_sha256, "content": folder.info.train.sha256}
+    facts: dict[str, Any] = {"tokenizer": folder.info.tokenizer_sha256, "content": folder.info.train.sha256}
+    kind: type[GPTDataset] = GPTDataset
+    if data.length_buckets is not None:
+        facts["length_buckets"] = dict(sorted(data.length_buckets.items()))
+        kind = _repeating(data.length_buckets)
     config = GPTDatasetConfig(
-        random_seed=seed,
+        random_seed=data.seed,
         sequence_length=folder.sequence_length,
         blend_per_split=[([str(folder.path / "train")], None), None, None],
         path_to_cache=str(cache_dir),
@@ -196,10 +205,23 @@ def _build_pass(folder: _Folder, seed: int, cache_dir: Path) -> GPTDataset:
         create_attention_mask=False,
     )
     try:
-        return BlendedMegatronDatasetBuilder(GPTDataset, [None, 0, 0], lambda: True, config).build()[0]
+        return BlendedMegatronDatasetBuilder(kind, [None, 0, 0], lambda: True, config).build()[0]
     except (OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
         remedy = f"its sample indices cannot be used ({error}); delete that folder, or name one that can be written"
         raise ConfigError("data.cache_dir", str(cache_dir), remedy) from error
+
+
+def _repeating(buckets: Mapping[str, int]) -> type[GPTDataset]:
+    """A GPTDataset whose documents come as often as `buckets` says, still one pass in one shuffled order."""
+
+    class RepeatingDataset(GPTDataset):
+        def __init__(self, dataset: IndexedDataset, path: str, documents: np.ndarray, *rest: Any) -> None:
+            lengths = dataset.sequence_lengths[documents].astype(np.int64)
+            _LOG.info("length buckets of %s: %s", path, describe_buckets(lengths, buckets))
+            repeated = np.repeat(documents, times_of_documents(lengths, buckets))
+            super().__init__(dataset, path, repeated.astype(documents.dtype), *rest)
+
+    return RepeatingDataset
 
 
 def _blend_order(weights: Sequence[float], samples: int) -> tuple[np.ndarray, np.ndarray]:

@@ -14,6 +14,7 @@ import numpy as np
 
 from moba_train.config.schema import ConfigError, DataConfig
 from moba_train.data.info import DatasetInfo, dataset_info
+from moba_train.data.length_buckets import parsed_buckets, times_of_documents
 
 __all__ = ["check_data", "check_split_files", "dataset_info", "weighted_folders"]
 
@@ -50,13 +51,19 @@ def check_data(data: DataConfig, vocab_size: int, sequence_length: int | None = 
     first: tuple[Path, DatasetInfo] | None = None
     if not 0 <= data.seed < 2**31:
         raise ConfigError("data.seed", data.seed, f"must lie between 0 and {2**31 - 1}")
+    parsed_buckets(data.length_buckets)
     for folder, _ in weighted_folders(data):
         info = dataset_info(folder, key)
         if info.vocab_size > vocab_size:
             remedy = f"the tokenizer of {folder} has {info.vocab_size} tokens; set model.vocab_size to at least that"
             raise ConfigError("model.vocab_size", vocab_size, remedy)
         for split, tokens in (("train", info.train.tokens), ("valid", info.valid.tokens)):
-            check_split_files(folder, split, tokens, key)
+            lengths = check_split_files(folder, split, tokens, key)
+            if split == "train" and data.length_buckets is not None and sequence_length is not None:
+                left = int((lengths * times_of_documents(lengths, data.length_buckets)).sum())
+                if left < sequence_length + 1:
+                    remedy = f"a pass over {folder} has but {left} tokens, less than a row of {sequence_length}"
+                    raise ConfigError("data.length_buckets", data.length_buckets, remedy)
         if sequence_length is not None and info.train.tokens < sequence_length + 1:
             remedy = f"{folder} has but {info.train.tokens} train tokens: use shorter rows, or prepare more text"
             raise ConfigError("train.sequence_length", sequence_length, remedy)
@@ -67,8 +74,11 @@ def check_data(data: DataConfig, vocab_size: int, sequence_length: int | None = 
             raise ConfigError(key, str(folder), remedy)
 
 
-def check_split_files(folder: Path, split: str, tokens: int, key: str = "data.path") -> None:
-    """ConfigError unless `split`.idx and .bin are whole and hold `tokens` tokens. Reads the index, not the tokens."""
+def check_split_files(folder: Path, split: str, tokens: int, key: str = "data.path") -> np.ndarray:
+    """Tokens of every document; ConfigError unless `split`.idx and .bin are whole and hold `tokens` tokens.
+
+    Reads the index, not the tokens.
+    """
     index, data = folder / f"{split}.idx", folder / f"{split}.bin"
 
     def damaged(file: Path, what: str) -> ConfigError:
@@ -100,6 +110,7 @@ def check_split_files(folder: Path, split: str, tokens: int, key: str = "data.pa
     if actual != expected:
         word = "truncated" if actual < expected else "too long"
         raise damaged(data, f"is {word}: {actual} bytes, but its index says {expected}")
+    return lengths
 
 
 def _check_cache(data: DataConfig, folder: Path) -> None:

@@ -16,7 +16,7 @@ from megatron.core import parallel_state
 
 from moba_train.config.schema import ParallelConfig
 
-__all__ = ["Axis", "Groups", "close", "initialize"]
+__all__ = ["Axis", "Groups", "close", "initialize", "leave"]
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,14 @@ def initialize(parallel: ParallelConfig, backend: str, device: torch.device) -> 
         world_rank=dist.get_rank(),
         world_size=dist.get_world_size(),
     )
+
+
+def leave() -> None:
+    """Give up the mesh and keep the process group, for another mesh in the same run; call it on every rank."""
+    parallel_state.destroy_model_parallel()
+    for group in list(dist.distributed_c10d._world.pg_map):  # torch keeps no public list of them
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
 
 
 def close() -> None:

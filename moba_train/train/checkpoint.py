@@ -29,6 +29,7 @@ from moba_train.parallel.seed import load_random_state, random_state
 from moba_train.parallel.watchdog import phase
 from moba_train.train.checkpoint_folder import (
     Metadata,
+    begins_stage,
     complete_checkpoints,
     corrupt,
     find_start,
@@ -118,7 +119,8 @@ def restore(run: Run) -> bool:
         return True
     run.optimizer.load_state_dict(state["optimizer"])
     run.scheduler.load_state_dict(state["scheduler"])
-    run.loader.load_state_dict(metadata.data)
+    if not begins_stage(run.config, path, metadata, run.stage.start):
+        run.loader.load_state_dict(metadata.data)
     run.step, run.tokens = metadata.step, metadata.tokens
     _tell_other_plan(run.config, metadata)
     if "random" in state:

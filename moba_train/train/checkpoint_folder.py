@@ -22,11 +22,13 @@ __all__ = [
     "MODEL_SHAPE",
     "CheckpointError",
     "Metadata",
+    "begins_stage",
     "check",
     "check_files",
     "complete_checkpoints",
     "corrupt",
     "find_start",
+    "is_own",
     "key_conv_width",
     "latest_checkpoint",
     "loads_weights_only",
@@ -120,14 +122,17 @@ def complete_checkpoints(root: Path) -> list[Path]:
     return sorted(path for path in root.glob("step_*") if path.suffix != ".partial")
 
 
-def check(config: RunConfig) -> None:
-    """Refuse a start that cannot work, without a process group: unreadable, truncated, or of another model shape."""
+def check(config: RunConfig, stage_start: int = 0) -> None:
+    """Refuse a start that cannot work, without a process group: unreadable, truncated, or of another model shape.
+
+    stage_start: steps before the stage that `config` is of; a checkpoint at that very step is of the stage before.
+    """
     path = find_start(config)
     if path is None:
         return
     metadata = read_metadata(path)
     check_files(path, metadata)
-    _check_position(config, path, metadata)
+    _check_position(config, path, metadata, stage_start)
     _check_key_conv(config, path, metadata)
     _check_padding(config, path, metadata)
     for key in MODEL_SHAPE:
@@ -187,7 +192,7 @@ def point_latest(folder: Path) -> None:
 
 def loads_weights_only(config: RunConfig, path: Path) -> bool:
     """Whether the run takes only the weights of `path`: never of a checkpoint of its own."""
-    return config.checkpoint.load_weights_only and not _is_own(config, path)
+    return config.checkpoint.load_weights_only and not is_own(config, path)
 
 
 def key_conv_width(metadata: Metadata) -> int:
@@ -206,9 +211,9 @@ def corrupt(path: Path, what: str) -> CheckpointError:
     return CheckpointError("checkpoint", str(path), f"corrupt: {what}; {instead}")
 
 
-def _check_position(config: RunConfig, path: Path, metadata: Metadata) -> None:
+def _check_position(config: RunConfig, path: Path, metadata: Metadata, stage_start: int) -> None:
     """A full load takes over optimizer and data position: what they depend on must be the checkpoint's."""
-    if metadata.weights_only and (_is_own(config, path) or not config.checkpoint.load_weights_only):
+    if metadata.weights_only and (is_own(config, path) or not config.checkpoint.load_weights_only):
         what = f"{path} was converted and holds weights alone: "
         raise ConfigError(
             "checkpoint.load_weights_only", False, what + "set it to true, with checkpoint.load, in another run.dir"
@@ -220,16 +225,34 @@ def _check_position(config: RunConfig, path: Path, metadata: Metadata) -> None:
     if (theirs["sft"]["path"] is None) != (ours["sft"]["path"] is None):
         what = "on chat rows" if ours["sft"]["path"] is None else "on plain text"
         raise ConfigError("sft.path", ours["sft"]["path"], f"the checkpoint {path} was trained {what}; {fresh}")
-    if not _is_own(config, path) and metadata.step >= config.train.steps:
+    if not is_own(config, path) and metadata.step >= config.train.steps:
         more = f"the checkpoint {path} is at step {metadata.step} already; ask for more steps"
         raise ConfigError("train.steps", config.train.steps, more)
+    begins = begins_stage(config, path, metadata, stage_start)
+    if stage_start and not begins:
+        _check_rows(config, path, metadata, stage_start)
     for section, names in _POSITION.items():
         for name in names:
+            if begins and name in ("global_batch_size", "sequence_length"):
+                continue
             # JSON knows lists only, and older checkpoints lack newer keys.
             was, now = (values[section].get(name, _DEFAULTS[section][name]) for values in (theirs, ours))
             was, now = (list(value) if isinstance(value, tuple) else value for value in (was, now))
             if was != now:
                 raise ConfigError(f"{section}.{name}", now, f"the checkpoint {path} was trained with {was}; {fresh}")
+
+
+def begins_stage(config: RunConfig, path: Path, metadata: Metadata, stage_start: int) -> bool:
+    """Whether a stage after the first begins from this checkpoint, with rows of its own."""
+    return stage_start > 0 and is_own(config, path) and metadata.step == stage_start
+
+
+def _check_rows(config: RunConfig, path: Path, metadata: Metadata, stage_start: int) -> None:
+    """A checkpoint within a stage: it has taken the rows of the stage's steps so far, if these began where they do."""
+    taken, wanted = metadata.data["consumed_samples"], (metadata.step - stage_start) * config.train.global_batch_size
+    if taken != wanted:
+        remedy = f"its stages began at other steps ({taken} rows of this one are taken, not {wanted}); use those"
+        raise ConfigError("stages", str(path), remedy)
 
 
 def _check_key_conv(config: RunConfig, path: Path, metadata: Metadata) -> None:
@@ -245,5 +268,6 @@ def _check_key_conv(config: RunConfig, path: Path, metadata: Metadata) -> None:
         raise ConfigError("attention.key_conv", ours, remedy)
 
 
-def _is_own(config: RunConfig, path: Path) -> bool:
+def is_own(config: RunConfig, path: Path) -> bool:
+    """Whether a checkpoint is one that this very run wrote."""
     return config.run.dir is not None and path.is_relative_to(Path(config.run.dir))

@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from moba_train.config.schema import RunConfig, to_dict
+from moba_train.config.stages import Stage, stages_of
 from moba_train.config.validate import data_parallel_size
 from moba_train.model.layer_plan import LayerKind, Plan, describe, plan_phases
 from moba_train.model.rope import describe_rope
@@ -20,22 +21,29 @@ __all__ = ["print_plan"]
 
 def print_plan(config: RunConfig, world_size: int) -> None:
     """Resolved recipe, layer plan, layout, parameters, FLOPs per token and estimated memory of a validated run."""
+    print(json.dumps(to_dict(config), indent=2))
+    for stage in stages_of(config):
+        _print_stage(stage, world_size)
+
+
+def _print_stage(stage: Stage, world_size: int) -> None:
+    config, steps = stage.config, stage.end - stage.start
     model, parallel, train = config.model, config.parallel, config.train
     dp = data_parallel_size(config, world_size)
     length = train.sequence_length
     attention = planned(config).attention
     phases = plan_phases(attention, model.num_layers)
-    ends = [*(start for start, _ in phases[1:]), train.steps]
+    ends = [*(start for start, _ in phases[1:]), steps]
     costs = [training_flops(model, plan, [length]) / length for _, plan in phases]
-    shares = [(end - start) / train.steps for (start, _), end in zip(phases, ends, strict=True)]
+    shares = [(end - start) / steps for (start, _), end in zip(phases, ends, strict=True)]
     flops = sum(cost * share for cost, share in zip(costs, shares, strict=True))
     full = tuple(dataclasses.replace(layer, kind=LayerKind.FULL) for layer in phases[0][1])
     dense = training_flops(model, full, [length]) / length
     tokens = train.global_batch_size * length
 
-    print(json.dumps(to_dict(config), indent=2))
+    which = f", stage {stage.name}: steps {stage.start + 1} to {stage.end}" if stage.name else ""
     print_table(
-        f"{config.recipe}: {model.name} on {world_size} GPUs",
+        f"{config.recipe}: {model.name} on {world_size} GPUs{which}",
         [
             *_plan_rows(phases, ends, costs, "" if attention == config.attention else ", before auto chooses"),
             ("rotary embedding", describe_rope(model, length)),
@@ -44,10 +52,11 @@ def print_plan(config: RunConfig, world_size: int) -> None:
                 f"{parallel.tensor} x {parallel.pipeline} x {parallel.context} x {dp}",
             ),
             ("layers per stage", model.num_layers // (parallel.pipeline * parallel.virtual_pipeline)),
+            ("tokens per row", length),
             ("tokens per GPU and row", length // parallel.context),
             ("micro-batches per step and rank", train.global_batch_size // dp),
             ("tokens per step", tokens),
-            ("tokens in all", tokens * train.steps),
+            ("tokens in all", tokens * steps),
             ("parameters", parameter_count(model, config.attention.key_conv)),
             ("FLOPs per token, forward and backward", f"{flops:.4g}" + (", mean over training" if ends[1:] else "")),
             ("  of these in matrix products", f"{3 * matmul_flops_per_token(model):.4g}"),

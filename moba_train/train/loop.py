@@ -1,4 +1,4 @@
-"""The training loop: step, measure, validate, save, until the last step or a signal."""
+"""The training loop: step, measure, validate, save, until the last step or a signal; stage after stage."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from moba_train import device as devices
 from moba_train.config.schema import ConfigError, RunConfig
+from moba_train.config.stages import stages_of
 from moba_train.data.info import dataset_info
 from moba_train.model.layer_plan import describe, layer_plan, plan_phases
 from moba_train.model.rope import describe_rope
@@ -22,7 +23,7 @@ from moba_train.train.dense_layers import resolve_dense_layers
 from moba_train.train.dry_run import print_plan
 from moba_train.train.gate_metrics import gate_record
 from moba_train.train.metrics import Metrics, read_metrics
-from moba_train.train.setup import Run, close, preflight, setup
+from moba_train.train.setup import Run, close, current_stage, leave_stage, preflight, setup
 from moba_train.train.step import StepResult, train_step, validate_model
 from moba_train.train.table import print_table
 
@@ -54,9 +55,7 @@ def _launch(config: RunConfig) -> int:
             print_plan(config, world_size)
         return 0
     with Watched(config.parallel.timeout_s):
-        run = setup(config)
-        resolve_dense_layers(run)
-        _train(run, _StopSignal())
+        _train_stages(config, _StopSignal())
         close()  # not after an error: leaving the group waits for ranks that may be stuck; the launcher ends them
     return 0
 
@@ -75,8 +74,26 @@ class _StopSignal:
         self.received = signal.Signals(number).name
 
 
-def _train(run: Run, stop: _StopSignal) -> None:
-    config, first = run.config, run.groups.world_rank == 0
+def _train_stages(config: RunConfig, stop: _StopSignal) -> None:
+    """One stage after the other, each built anew from the checkpoint that the one before ended with."""
+    stages = stages_of(config)
+    folder: str | None = None
+    for stage in stages[current_stage(stages) :]:
+        if folder is not None:
+            leave_stage()
+            stage = stage.in_folder(folder)
+        run = setup(stage.config, stage)
+        folder = str(run.folder)
+        resolve_dense_layers(run)
+        stopped = _train(run, stop)
+        del run
+        if stopped:
+            return
+
+
+def _train(run: Run, stop: _StopSignal) -> bool:
+    """Train to the end of the stage; whether a signal came first."""
+    config, last, first = run.config, run.stage.end, run.groups.world_rank == 0
     metrics = Metrics(config, run.folder, run.step, enabled=first)
     clock = _Clock(run.step)
     try:
@@ -85,15 +102,17 @@ def _train(run: Run, stop: _StopSignal) -> None:
         validated = saved = -1
         told_plan = ""
         stopped = False
-        while run.step < config.train.steps and not stopped:
+        while run.step < last and not stopped:
             plan = describe(layer_plan(config.attention, config.model.num_layers, run.step))
             with clock:
                 result = train_step(run, stop.received is not None)
             clock.flops += result.flops
             stopped = result.stop
             changed = plan != told_plan  # a switch is told at its own step, however seldom others are
-            if first and (changed or run.step % config.metrics.log_every == 0 or run.step == config.train.steps):
+            if first and (changed or run.step % config.metrics.log_every == 0 or run.step == last):
                 record = _record(run, result, clock)
+                if run.stage.name and not told_plan:
+                    record["stage"] = run.stage.name
                 if changed:
                     record["layer_plan"] = plan
                     if told_plan:
@@ -127,6 +146,7 @@ def _train(run: Run, stop: _StopSignal) -> None:
         _summarise(run, clock)
     phase("end of the run")
     dist.barrier()
+    return stopped
 
 
 class _Clock:
@@ -171,7 +191,9 @@ def _record(run: Run, result: StepResult, clock: _Clock) -> dict[str, Any]:
 def _validate(run: Run, metrics: Metrics) -> None:
     result = validate_model(run)
     by_position = [None if math.isnan(loss) else loss for loss in result.by_position]
-    metrics.write({"step": run.step, "validation_loss": result.loss, "validation_loss_by_position": by_position})
+    length = run.config.train.sequence_length
+    record = {"validation_loss": result.loss, "validation_loss_by_position": by_position, "validation_length": length}
+    metrics.write({"step": run.step, **record})
     metrics.say(f"step {run.step}: validation loss {result.loss:.4f}")
 
 
@@ -183,6 +205,9 @@ def _announce(run: Run, metrics: Metrics) -> None:
     hardware = f"{groups.world_size} x {devices.device_name()}"
     peak, source = devices.peak_flops()
     metrics.say(f"{config.recipe}: {config.model.name} on {hardware}, {config.precision}; {axes}")
+    if run.stage.name:
+        rows = f"{config.train.global_batch_size} rows of {config.train.sequence_length} tokens"
+        metrics.say(f"stage {run.stage.name}, steps {run.stage.start + 1} to {run.stage.end}: {rows} a step")
     metrics.say(f"layers: {describe(plan)}; MFU against {peak / 1e12:.3g} TFLOP/s ({source})")
     for step, later in phases:
         if step > run.step:
@@ -219,5 +244,5 @@ def _summarise(run: Run, clock: _Clock) -> None:
         ("MFU", f"{clock.mfu(run.groups.world_size):.1%}"),
         ("peak memory, GiB", devices.peak_memory_gib()),
     ]
-    print_table(f"{config.recipe} finished", rows)
+    print_table(f"{config.recipe}{run.stage.name and f', stage {run.stage.name}'} finished", rows)
     print(*(f"picture: {path}" for path in pictures), f"checkpoint and metrics: {run.folder}", sep="\n")

@@ -1,8 +1,9 @@
 """What a run tells: metrics.jsonl always, one progress line on rank 0, wandb when asked.
 
-Keys of metrics.jsonl: step, loss, validation_loss, validation_loss_by_position, grad_norm, learning_rate, tokens,
-tokens_per_second, tflops_per_gpu, mfu, memory_gib, and layer_plan on the first step (also after a resume) and on the
-first step of every other plan. Every metrics.gate_every steps gate/... and gradient_density/... (gate_metrics.py).
+Keys of metrics.jsonl: step, loss, validation_loss, validation_loss_by_position, validation_length, grad_norm,
+learning_rate, tokens, tokens_per_second, tflops_per_gpu, mfu, memory_gib, and layer_plan on the first step (also after
+a resume) and on the first step of every other plan; stage likewise in a run with stages. Every metrics.gate_every
+steps gate/... and gradient_density/... (gate_metrics.py).
 """
 
 from __future__ import annotations

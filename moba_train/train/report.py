@@ -36,7 +36,7 @@ def draw(folder: Path, sequence_length: int) -> list[Path]:
         figure, axes = _figure()
         for record in by_position[:: -max(1, len(by_position) // 4)][:5][::-1]:  # the last one always
             losses = record["validation_loss_by_position"]
-            width = sequence_length / len(losses)
+            width = record.get("validation_length", sequence_length) / len(losses)  # stages differ in it
             points = [((i + 0.5) * width, loss) for i, loss in enumerate(losses) if loss is not None]
             if points:
                 axes.plot(*zip(*points, strict=True), "o-", markersize=3, label=f"step {record['step']}")

@@ -6,7 +6,9 @@ Order: preflight (no process group, no GPU), device, process groups, run folder,
 from __future__ import annotations
 
 import dataclasses
+import gc
 import logging
+import math
 import os
 import time
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from moba_train import device as devices
 from moba_train.config.schema import ConfigError, RunConfig
+from moba_train.config.stages import Stage, stages_of
 from moba_train.config.validate import min_world_size, validate
 from moba_train.data.loader import Loader
 from moba_train.data.pretrain import PretrainData, build_datasets
@@ -35,16 +38,20 @@ from moba_train.train import checkpoint, checkpoint_folder
 from moba_train.train.hf_start import carry_over, check_hf_start, load_hf_start
 from moba_train.train.optimizer import build_optimizer, build_scheduler
 
-__all__ = ["Run", "close", "planned", "preflight", "setup"]
+__all__ = ["Run", "close", "current_stage", "leave_stage", "planned", "preflight", "setup"]
 
 _LOG = logging.getLogger(__name__)
 
 
 @dataclass
 class Run:
-    """A run in progress: `step` optimizer steps are done. frequencies: of the rotary embedding."""
+    """A run in progress, in one of its stages: `step` optimizer steps are done. frequencies: of the rotary embedding.
+
+    config: that of the stage.
+    """
 
     config: RunConfig
+    stage: Stage
     groups: mesh.Groups
     device: torch.device
     folder: Path
@@ -61,11 +68,13 @@ class Run:
 def preflight(config: RunConfig) -> int:
     """The world size this run has, or pretends to have; ConfigError if anything in it cannot work.
 
-    A dry run needs neither data nor checkpoints, so that a recipe can be looked at anywhere.
+    Every stage is looked at. A dry run needs neither data nor checkpoints, so that a recipe can be looked at anywhere.
     """
+    stages = stages_of(config)
+    at = 0 if config.dry_run else current_stage(stages)
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if config.dry_run:
-        world_size = config.world_size or min_world_size(config)
+        world_size = config.world_size or math.lcm(*(min_world_size(stage.config) for stage in stages))
     else:
         world_size = started
         if config.world_size not in (None, started):
@@ -74,18 +83,45 @@ def preflight(config: RunConfig) -> int:
                 config.world_size,
                 f"torchrun started {started} process(es); leave it out, or add dry_run=true to pretend",
             )
-    validate(config, world_size)
-    plan_phases(planned(config).attention, config.model.num_layers)
+    for index, stage in enumerate(stages):
+        try:
+            _check_stage(stage, world_size, index - at)
+        except ConfigError as error:
+            if not stage.name:
+                raise
+            raise ConfigError(error.key, error.value, f"{error.remedy} (in stage {stage.name})") from None
     if not config.dry_run:
-        vocab_size, length = config.model.vocab_size, config.train.sequence_length
-        if config.sft.path is None:
-            check_data(config.data, vocab_size=vocab_size, sequence_length=length)
-        _check_machine(config)
-        checkpoint_folder.check(config)
         check_hf_start(config)
         if config.sft.path is not None:  # last: it may take a while
+            vocab_size, length = config.model.vocab_size, config.train.sequence_length
             check_sft(config.sft, config.data, vocab_size, length, config.parallel.timeout_s)
     return world_size
+
+
+def current_stage(stages: tuple[Stage, ...]) -> int:
+    """Index of the stage that the run begins or goes on in: where its own newest checkpoint is; the last one at the
+    end of all."""
+    first = stages[0].config
+    if len(stages) == 1 or (start := checkpoint_folder.find_start(first)) is None:
+        return 0
+    if not checkpoint_folder.is_own(first, start):
+        return 0
+    step = checkpoint_folder.read_metadata(start).step
+    return next((index for index, stage in enumerate(stages) if step < stage.end), len(stages) - 1)
+
+
+def _check_stage(stage: Stage, world_size: int, ahead: int) -> None:
+    """ahead: stages from the one that the run begins in to this one; what is over needs no data and no checkpoint."""
+    config = stage.config
+    validate(config, world_size)
+    plan_phases(planned(config).attention, config.model.num_layers)
+    if config.dry_run or ahead < 0:
+        return
+    if config.sft.path is None:
+        check_data(config.data, vocab_size=config.model.vocab_size, sequence_length=config.train.sequence_length)
+    _check_machine(config)
+    if ahead == 0:
+        checkpoint_folder.check(config, stage.start)
 
 
 def _check_machine(config: RunConfig) -> None:
@@ -105,8 +141,10 @@ def _check_machine(config: RunConfig) -> None:
             )
 
 
-def setup(config: RunConfig) -> Run:
-    """Build the run on this process; `preflight` has passed."""
+def setup(config: RunConfig, stage: Stage | None = None) -> Run:
+    """Build the run on this process, or this stage of it; `preflight` has passed."""
+    stage = stage or stages_of(config)[0]
+    config = stage.config
     phase("setup: process groups")
     devices.prepare()
     device = devices.local_device()
@@ -120,9 +158,10 @@ def setup(config: RunConfig) -> Run:
     optimizer = build_optimizer(config, chunks)
     batch = config.train.global_batch_size
     phase("setup: data")
-    data = _build_data(config)
+    data = _build_data(config, stage.end - stage.start)
     run = Run(
         config=config,
+        stage=stage,
         groups=groups,
         device=device,
         folder=folder,
@@ -160,16 +199,25 @@ def _as_begun(config: RunConfig, folder: Path) -> RunConfig:
     return config.with_dense_last_layers(number)
 
 
+def leave_stage() -> None:
+    """Give up the mesh and the memory of a stage whose `Run` is no longer held, for the next one's."""
+    phase("end of a stage")
+    mesh.leave()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def close() -> None:
     """Leave the process groups; safe when `setup` never finished."""
     mesh.close()
 
 
-def _build_data(config: RunConfig) -> PretrainData | SftData:
+def _build_data(config: RunConfig, steps: int) -> PretrainData | SftData:
     train = config.train
     counts = {
         "sequence_length": train.sequence_length,
-        "train_samples": train.steps * train.global_batch_size,
+        "train_samples": steps * train.global_batch_size,
         "valid_samples": train.validation_batches * train.global_batch_size,
     }
     if config.sft.path is None:

@@ -175,6 +175,21 @@ def test_a_plan_is_a_dry_run():
     assert "1m: llama3.1-8b on 64 GPUs" in text
 
 
+def test_a_dry_run_shows_every_stage(capsys):
+    assert pretrain(compose(["recipe=extend_8k_to_1m", "dry_run=true"])) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for name, steps, layout, rows in (
+        ("to_32k", "1 to 1000", "4 x 1 x 2 x 8", 32),
+        ("to_256k", "2001 to 3000", "8 x 1 x 4 x 2", 16),
+        ("moba_1m", "4001 to 16000", "8 x 1 x 8 x 1", 8),
+    ):
+        table = text.split(f"on 64 GPUs, stage {name}: steps {steps} ")[1].split("Estimated memory")[0]
+        assert f"tensor x pipeline x context x data │ {layout} " in table
+        assert f"micro-batches per step and rank │ {rows} " in table
+        assert "tokens per step │ 8,388,608 " in table
+        assert ("moba*29(4096,12), full*3" in table) == (name == "moba_1m")
+
+
 def test_a_dry_run_shows_every_phase_of_a_schedule(capsys):
     schedule = "attention.schedule=[{fraction: 0.25, top_k: 2}, {fraction: 0.9, pattern: full}]"
     assert pretrain(compose(["recipe=tiny", "dry_run=true", "train.steps=100", schedule])) == 0
