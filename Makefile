@@ -16,10 +16,10 @@ NPROC ?= $(shell $(BIN)/python -c 'import os, torch; n = torch.cuda.device_count
 SYSTEM_TORCH ?=
 ARGS ?=
 
-.PHONY: help install pretrain sft test lint format clean
+.PHONY: help install pretrain sft extend-demo test lint format clean
 
 help:  ## Show this list
-	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo 'Variables: ARGS="more arguments", NPROC=processes, PYTHON=interpreter, VENV=folder, SYSTEM_TORCH=1'
 
 install: $(VENV)/.installed  ## Create .venv and install the project (SYSTEM_TORCH=1: keep the torch of PYTHON)
@@ -52,6 +52,9 @@ pretrain: $(VENV)/.installed $(DATA)/dataset.json  ## Prepare text and train rec
 
 sft: $(VENV)/.installed $(DATA)/dataset.json $(QUESTIONS)/train.jsonl  ## Make chat rows and fine-tune recipe sft_tiny on them
 	@$(TORCHRUN) launch/sft.py recipe=sft_tiny $(ARGS)
+
+extend-demo: $(VENV)/.installed  ## SmolLM2 (or a tiny Llama) in, trained at 2K with MoBA, out to transformers: CPU, minutes
+	@$(BIN)/python experiments/extend_demo/run.py $(ARGS)
 
 test: $(VENV)/.installed  ## Run the tests that need no GPU (ARGS="-k gate")
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)

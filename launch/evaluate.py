@@ -52,6 +52,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--distractors", type=int, metavar="N", help="other numbers each passkey is compared with (default: 3)")
     add("--documents", type=int, metavar="N", help="at most, for loss by position (default: 64)")
     add("--buckets", type=int, metavar="N", help="of loss by position (default: 16)")
+    add("--context", type=int, metavar="N", help="loss by position also from the last N tokens of context alone")
     add("--seed", type=int, metavar="N", help="of filler and passkeys (default: 1234)")
     return parser.parse_intermixed_args()
 

@@ -34,9 +34,9 @@ def write_results(results: dict[str, Any], path: Path) -> str:
     return text
 
 
-def losses_by_eighth(results: dict[str, Any], name: str) -> list[float]:
-    """Mean loss of the whole length, then of its eighths."""
-    loss = _at_length(results, name)
+def losses_by_eighth(results: dict[str, Any], name: str, cut: bool = False) -> list[float]:
+    """Mean loss of the whole length, then of its eighths; `cut`: from the last tokens of the context alone."""
+    loss = _at_length(results, name, cut)
     buckets = loss["by_position"]
     bounds = [i * len(buckets) // EIGHTHS for i in range(EIGHTHS + 1)]
     return [loss["loss"], *(sum(buckets[a:b]) / (b - a) for a, b in pairwise(bounds))]
@@ -46,8 +46,16 @@ def verdicts(results: dict[str, Any]) -> list[tuple[str, float, float]]:
     """(criterion, measured, at most): negative is better in each."""
     full, moba = (losses_by_eighth(results, arm) for arm in ("full", "moba"))
     known = max(1, min(EIGHTHS - 1, EIGHTHS * results["original"] // results["length"]))
-    where = f"loss of the last eighth less that of the eighth before {_tokens(known * results['length'] // EIGHTHS)}"
+    edge = known * results["length"] // EIGHTHS
+    where = f"loss of the last eighth less that of the eighth before {_tokens(edge)}"
+    paired = []
+    if _has_cut(results):
+        text = f"same tokens beyond {_tokens(edge)}: loss from the whole context less from its last {{}} at most"
+        for label, name in (("full", "full"), ("MoBA", "moba")):
+            gains, last = worth(results, name)[known:], _tokens(_at_length(results, name, True)["context"])
+            paired.append((f"{text.format(last)}, {label}", sum(gains) / len(gains), 0.0))
     return [
+        *paired,
         (f"{where}, full", full[EIGHTHS] - full[known], 0.0),
         (f"{where}, MoBA", moba[EIGHTHS] - moba[known], 0.0),
         ("MoBA less full, mean over all positions", moba[0] - full[0], MEAN_BOUND),
@@ -83,6 +91,7 @@ def write_page(results: dict[str, Any]) -> str:
             *([_NAMES[name], *(f"{loss:.4f}" for loss in losses_by_eighth(results, name))] for name in found),
             ["MoBA less full, trained", *(f"{gap:+.4f}" for gap in moba_gap)],
         ),
+        *_paired(results),
         "All columns average the same documents. A document is whole Python source files of one installed package in "
         f"path order, each after a comment with its path; {data['train']['documents']:,} documents "
         f"({data['train']['tokens']:,} tokens) are for training, {data['valid']['documents']:,} "
@@ -105,7 +114,7 @@ def write_page(results: dict[str, Any]) -> str:
                 for arm, ran in results["arms"].items()
             ),
         ),
-        "Both arms start from the same weights and see the same batches; on a GPU they share it, so nothing here is "
+        "Both arms start from the same weights and see the same batches. They may share a GPU, so nothing here is "
         "about speed. Settings of both:",
         "```\n" + "\n".join(results["common"]) + "\n```",
         *(f"{arm}: `{' '.join(overrides)}`" for arm, overrides in results["arm_overrides"].items()),
@@ -150,6 +159,22 @@ def draw(results: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def _paired(results: dict[str, Any]) -> list[str]:
+    """What context further back is worth, as sections of the page; none where it was not measured."""
+    if not _has_cut(results):
+        return []
+    context = _tokens(_at_length(results, "full", True)["context"])
+    return [
+        "Each eighth is other text, and some text is harder for every model, whatever it has seen before. So below the "
+        f"same tokens are predicted twice: from everything before them, and from their last {context} at most (three "
+        "quarters of that at least). A difference below 0 is what the tokens further back are worth.",
+        _table(
+            ["whole context less its end", *(f"{i}/{EIGHTHS}" for i in range(1, EIGHTHS + 1))],
+            *([_NAMES[name], *(f"{gain:+.4f}" for gain in worth(results, name))] for name in ("full", "moba")),
+        ),
+    ]
+
+
 def _passkeys(results: dict[str, Any]) -> str:
     rows = []
     names = [name for name in _NAMES if results["evaluations"].get(name, {}).get("passkey")]
@@ -172,10 +197,22 @@ def _grid(cells: list[dict[str, Any]], measure: str) -> tuple[list[int], list[fl
     return lengths, depths, [[by_place[length, depth] for length in lengths] for depth in depths]
 
 
-def _at_length(results: dict[str, Any], name: str) -> dict[str, Any]:
-    """The loss by position of the longest length that was asked for."""
-    found: dict[str, Any] = max(results["evaluations"][name]["loss_by_position"], key=lambda loss: loss["length"])
+def _at_length(results: dict[str, Any], name: str, cut: bool = False) -> dict[str, Any]:
+    """The loss by position of the longest length that was asked for, from the whole context or from its end alone."""
+    losses = results["evaluations"][name]["loss_by_position"]
+    of_kind = [loss for loss in losses if (loss.get("context") is not None) == cut]
+    found: dict[str, Any] = max(of_kind, key=lambda loss: loss["length"])
     return found
+
+
+def _has_cut(results: dict[str, Any]) -> bool:
+    return any(loss.get("context") is not None for loss in results["evaluations"]["full"]["loss_by_position"])
+
+
+def worth(results: dict[str, Any], name: str) -> list[float]:
+    """Loss from the whole context less that of the same tokens from its end alone, by eighth: below 0 is a gain."""
+    whole, cut = (losses_by_eighth(results, name, kind)[1:] for kind in (False, True))
+    return [a - b for a, b in zip(whole, cut, strict=True)]
 
 
 def _of(losses: dict[Any, float], step: int) -> float:

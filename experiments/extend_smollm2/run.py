@@ -9,7 +9,8 @@ Takes a Hugging Face folder (folder.py makes SmolLM2-135M-Instruct's), joins ins
 after: loss by position and a passkey grid. YaRN stretches the positions. Then writes results.json, a page and a
 picture; the second form writes the last two again from the first.
 
-On a GPU the arms and the evaluations of the model before run side by side, on a CPU one after another. What is finished
+On GPUs the arms and the evaluations of the model before run side by side, dealt to as many as there are; on a CPU one
+after another. What is finished
 is not run again, a stopped arm goes on from its checkpoint; after --minutes everything is stopped so. `--quick` shows
 on a CPU that everything works, in ten minutes; its numbers mean nothing and are not put beside this file.
 """
@@ -63,13 +64,13 @@ class Setting:
 
 GPU = Setting(
     length=None,
-    steps=48,
+    steps=200,
     batch=2,
-    block_size=256,
-    top_k=16,
+    block_size=128,
+    top_k=32,
     dense_last=5,
     characters=420_000,
-    megabytes=48,
+    megabytes=96,
     lengths=(4, 2, 1),
     documents=24,
     samples=2,
@@ -114,6 +115,7 @@ class Parts:
     def __init__(self, deadline: float | None) -> None:
         self.start, self.deadline = time.monotonic(), deadline
         self.failed = threading.Event()
+        self.lane = threading.local()  # environment: of what this thread starts
 
     def say(self, text: str) -> None:
         print(f"[{time.monotonic() - self.start:5.0f} s] {text}", flush=True)
@@ -123,7 +125,13 @@ class Parts:
         log.parent.mkdir(parents=True, exist_ok=True)
         began = time.monotonic()
         with log.open("a", encoding="utf-8") as stream:
-            process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT)
+            process = subprocess.Popen(
+                list(map(str, command)),
+                cwd=ROOT,
+                env={**os.environ, **getattr(self.lane, "environment", {})},
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+            )
             while process.poll() is None:
                 if self.failed.is_set() or self._late():
                     process.send_signal(signal.SIGTERM)
@@ -162,7 +170,8 @@ def main() -> int:
         _same_settings(out, plan)
         _data(parts, QUICK if quick else GPU, model, out)
         _side_by_side(
-            [*(_lane(parts, plan, out, arm, args) for arm in plan.arms), _before(parts, plan, out, model, args)]
+            parts,
+            [*(_lane(parts, plan, out, arm, args) for arm in plan.arms), _before(parts, plan, out, model, args)],
         )
     except Stopped as reason:
         print(reason, file=sys.stderr)
@@ -289,18 +298,26 @@ def _evaluate(
         "--samples": setting.samples,
         "--distractors": 1,
     }
+    if name in plan.arms:  # what the tokens beyond the model's own length are worth
+        options["--context"] = min(plan.original, plan.length // STRETCH)
     command = [sys.executable, "launch/evaluate.py", source, *overrides]
     for option, value in options.items():
         command += [option, value]
     parts.run(f"evaluation of {name}", command, out / "evaluation" / f"{name}.log")
 
 
-def _side_by_side(lanes: list[Callable[[], None]]) -> None:
-    """All at once on a GPU, one after another on a CPU; the first that fails ends the others."""
+def _side_by_side(parts: Parts, lanes: list[Callable[[], None]]) -> None:
+    """All at once on GPUs, dealt to them in turn; one after another on a CPU. The first that fails ends the others."""
     import torch
 
-    with ThreadPoolExecutor(len(lanes) if torch.cuda.is_available() else 1) as pool:
-        futures = [pool.submit(lane) for lane in lanes]
+    gpus = torch.cuda.device_count()
+
+    def on_its_gpu(index: int) -> None:
+        parts.lane.environment = {"CUDA_VISIBLE_DEVICES": str(index % gpus)} if gpus > 1 else {}
+        lanes[index]()
+
+    with ThreadPoolExecutor(len(lanes) if gpus else 1) as pool:
+        futures = [pool.submit(on_its_gpu, index) for index in range(len(lanes))]
     errors = [error for future in futures if (error := future.exception()) is not None]
     if errors:
         raise max(errors, key=lambda error: "failed" in str(error))

@@ -45,6 +45,7 @@ class EvaluateArguments:
     distractors: int = 3
     documents: int = 64
     buckets: int = 16
+    context: int | None = None  # loss by position a second time, from so many tokens of context at most
     seed: int = 1234
 
 
@@ -59,6 +60,8 @@ def evaluate(arguments: EvaluateArguments) -> int:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     for length in lengths:
         check_length(source.config, world_size, length, "--lengths")
+    if arguments.context is not None:
+        check_length(source.config, world_size, arguments.context, "--context")
     documents = _documents(arguments, source)
     chosen = {}
     if "position" in arguments.tasks:
@@ -91,6 +94,7 @@ def _check(arguments: EvaluateArguments) -> None:
         ("--samples", arguments.samples, arguments.samples >= 1, "must be at least 1"),
         ("--distractors", arguments.distractors, arguments.distractors >= 0, "must be at least 0"),
         ("--documents", arguments.documents, arguments.documents >= 1, "must be at least 1"),
+        ("--context", arguments.context, arguments.context is None or arguments.context >= 4, "must be at least 4"),
         ("--buckets", arguments.buckets, arguments.buckets >= 1, "must be at least 1"),
     ):
         if not good:
@@ -122,12 +126,20 @@ def _measure(
     def progress(items: Iterable[_T], title: str) -> Iterator[_T]:
         yield from track(list(items), title, console=console, transient=True, disable=not show)
 
+    pairs: list[tuple[int, int | None]] = [(length, None) for length in lengths if length in chosen]
+    if arguments.context is not None:
+        pairs += [(length, arguments.context) for length, _ in pairs if arguments.context < length]
     losses = [
         position_loss(
-            model, documents, chosen[length], length, arguments.buckets, lambda x: progress(x, "loss by position")
+            model,
+            documents,
+            chosen[length],
+            length,
+            arguments.buckets,
+            lambda x: progress(x, "loss by position"),
+            context,
         )
-        for length in lengths
-        if length in chosen
+        for length, context in pairs
     ]
     if "passkey" not in arguments.tasks:
         return losses, []

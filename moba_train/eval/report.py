@@ -23,7 +23,7 @@ def print_tables(title: str, losses: Sequence[PositionLoss], cells: Sequence[Cel
     console = Console()
     if losses:
         table = Table(title=f"{title}: loss by position, nats per token", title_justify="left")
-        for heading in ("part of the length", *(f"{loss.length:,}" for loss in losses)):
+        for heading in ("part of the length", *(_tokens(loss) for loss in losses)):
             table.add_column(heading, justify="right", no_wrap=True)
         table.add_row("documents", *(str(loss.documents) for loss in losses))
         table.add_row("all", *(f"{loss.loss:.4f}" for loss in losses), end_section=True)
@@ -51,7 +51,7 @@ def draw(
         for loss in losses:
             width = loss.length / len(loss.by_position)
             places = [(i + 0.5) * width for i in range(len(loss.by_position))]
-            label = f"{loss.length:,} tokens, {loss.documents} documents"
+            label = f"{_tokens(loss)} tokens, {loss.documents} documents"
             axes.plot(places, loss.by_position, "o-", markersize=3, label=label)
         if max(loss.length for loss in losses) > trained_length:
             axes.axvline(trained_length, color="grey", linestyle=":", label="length it was made for")
@@ -63,6 +63,10 @@ def draw(
         pictures.append(folder / "passkey.png")
         _heat_map(title, cells).savefig(pictures[-1], dpi=120)
     return pictures
+
+
+def _tokens(loss: PositionLoss) -> str:
+    return f"{loss.length:,}" if loss.context is None else f"{loss.length:,}, last {loss.context:,} shown"
 
 
 def _heat_map(title: str, cells: Sequence[Cell]) -> Figure:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from moba_train.config.schema import ConfigError
+from moba_train.eval.position_loss import windows
 from tests.helpers.spawn import run_distributed
 from tests.helpers.tolerance import LOSS_RTOL
 from tests.helpers.training import corpus, losses, small_config
@@ -15,7 +16,7 @@ from tests.helpers.training import corpus, losses, small_config
 # Rates at which two steps teach something, so that losses and margins are not all alike.
 FAST = ["optim.learning_rate=0.02", "optim.warmup_steps=0", "model.init_std=0.2"]
 LAYOUT = ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]  # of the checkpoint that all tests open
-LENGTHS = (192, 256)
+LENGTHS, CONTEXT = (192, 256), 96
 
 
 def _evaluate(root, name, *overrides):
@@ -35,6 +36,7 @@ def _evaluate(root, name, *overrides):
         distractors=2,
         documents=3,
         buckets=4,
+        context=CONTEXT,
     )
     assert module.evaluate(arguments) == 0
 
@@ -115,9 +117,31 @@ def test_whole_rows_and_shards_of_rows_measure_the_same(root, found):
         assert ours == theirs
 
 
+def test_from_the_end_of_the_context_the_same_tokens_are_predicted(root, found):
+    losses = report(root, "data")["loss_by_position"]
+    for cut in losses:
+        if cut["context"] is not None:
+            (whole,) = [each for each in losses if each["length"] == cut["length"] and each["context"] is None]
+            buckets = len(cut["by_position"])
+            same = buckets * CONTEXT // cut["length"]  # in the first window nothing is cut
+            assert cut["by_position"][:same] == pytest.approx(whole["by_position"][:same], rel=LOSS_RTOL)
+            assert all(a != b for a, b in zip(cut["by_position"][same:], whole["by_position"][same:], strict=True))
+
+
+@pytest.mark.parametrize("length, context", [(128, 64), (130, 64), (64, 64), (100, 5), (7, None), (40, 64)])
+def test_windows_count_every_token_once_with_enough_before_it(length, context):
+    counted = []
+    for start, end, first in windows(length, context):
+        assert end - start == min(context or length, length)
+        counted += range(first, end)
+        assert start == 0 or first - start >= end - start - max(1, context // 4)
+    assert counted == list(range(length))
+
+
 def test_a_report_says_what_was_asked_and_overrides_count(root, found):
     plain, scaled = report(root, "data"), report(root, "scaled")
-    assert [entry["length"] for entry in plain["loss_by_position"]] == list(LENGTHS)
+    said = [(entry["length"], entry["context"]) for entry in plain["loss_by_position"]]
+    assert said == [*((length, None) for length in LENGTHS), *((n, CONTEXT) for n in LENGTHS if n > CONTEXT)]
     assert [(cell["length"], cell["depth"]) for cell in plain["passkey"]] == [
         (n, d) for n in LENGTHS for d in (0.0, 1.0)
     ]
