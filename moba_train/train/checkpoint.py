@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import queue
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import unwrap_model
 
@@ -63,6 +65,8 @@ def save(run: Run) -> Path:
     state = _sharded_state(run, loading=False)
     # megatron-core 0.19 would otherwise ask for nvidia-resiliency-ext.
     newer = "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
+    # This process waits for its files. megatron-core would tell it of them through a server that imports torch anew.
+    filesystem_async._results_queue = queue.Queue()
     with signals_held():
         dist_checkpointing.save(state, str(partial), **({"async_strategy": "mcore"} if newer else {}))
     dist.barrier()
