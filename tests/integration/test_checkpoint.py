@@ -1,6 +1,7 @@
 """Stopped at any step, a run resumes bit by bit; saved in one layout, it loads in another; damage is named."""
 
 import json
+import multiprocessing
 import shutil
 
 import pytest
@@ -201,6 +202,7 @@ def _save_often(rank, world_size, data, root):
         losses(small_config(data, root / "kept", "checkpoint.keep_last=2"), 1, save=True)
     losses(small_config(data, root / "over"), 3, save=True)
     losses(small_config(data, root / "over", "checkpoint.resume=false", "checkpoint.keep_last=1"), 1, save=True)
+    assert multiprocessing.active_children() == []  # nothing is left running between saves
 
 
 @pytest.fixture(scope="module")
