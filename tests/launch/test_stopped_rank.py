@@ -15,7 +15,7 @@ import psutil
 from tests.helpers.training import corpus
 from tests.launch.test_pretrain import PRETRAIN, TORCHRUN, finish, start, wait_for_steps
 
-TIMEOUT_S = 10
+TIMEOUT_S = 20  # ranks that start on a busy machine are seconds apart
 
 
 def test_a_rank_stopped_in_the_middle_ends_the_run_in_time_and_is_named(tmp_path: Path) -> None:
