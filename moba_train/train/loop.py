@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import signal
+import statistics
 import time
 from typing import Any
 
@@ -192,6 +193,16 @@ def _announce(run: Run, metrics: Metrics) -> None:
         metrics.say(f"going on from step {run.step}")
 
 
+def _gate_share(every: int, records: list[dict[str, Any]], step_tokens: int) -> list[tuple[str, Any]]:
+    """Of what a run says at its end, what looking at the gate costs. Medians: the first look and step build kernels."""
+    looks = [r["gate/seconds"] for r in records if "gate/seconds" in r]
+    steps = [step_tokens / r["tokens_per_second"] for r in records if "tokens_per_second" in r]
+    if not looks or not every:
+        return []
+    share = statistics.median(looks) / (every * statistics.median(steps))
+    return [(f"gate metrics every {every} steps, share of training time", f"{share:.2%}")]
+
+
 def _summarise(run: Run, clock: _Clock) -> None:
     from moba_train.train.report import draw  # matplotlib takes a second to import
 
@@ -217,6 +228,7 @@ def _summarise(run: Run, clock: _Clock) -> None:
         ("training time, s", clock.seconds),
         ("tokens per second", step_tokens * clock.steps / max(clock.seconds, 1e-9)),
         ("MFU", f"{clock.mfu(run.groups.world_size):.1%}"),
+        *_gate_share(config.metrics.gate_every, records, step_tokens),
         ("peak memory, GiB", devices.peak_memory_gib()),
     ]
     print_table(f"{config.recipe} finished", rows)

@@ -24,7 +24,7 @@ from moba_train.config.validate import min_world_size, validate
 from moba_train.data.loader import Loader
 from moba_train.data.pretrain import PretrainData, build_datasets
 from moba_train.data.sft import RUN_TOKENIZER, SftData, build_sft, check_sft
-from moba_train.data.validate import check_data
+from moba_train.data.validate import check_data, content_hash
 from moba_train.model.build import build_model
 from moba_train.model.layer_plan import plan_phases
 from moba_train.model.rope import Frequencies, inverse_frequencies
@@ -83,8 +83,11 @@ def preflight(config: RunConfig) -> int:
         _check_machine(config)
         checkpoint_folder.check(config)
         check_hf_start(config)
-        if config.sft.path is not None:  # last: it may take a while
-            check_sft(config.sft, config.data, vocab_size, length, config.parallel.timeout_s)
+        if config.sft.path is None:
+            content = content_hash(config.data)
+        else:  # last: it may take a while
+            content = check_sft(config.sft, config.data, vocab_size, length, config.parallel.timeout_s)
+        checkpoint_folder.check_content(config, content)
     return world_size
 
 
