@@ -233,7 +233,7 @@ class MetricsConfig:
 
     log_every: int = 1
     position_buckets: int = 16  # of loss_by_position.png
-    gate_every: int = 0  # steps; 0: never. Keys gate/... and gradient_density/..., picture gate.png
+    gate_every: int = 0  # steps, and at the end; 0: never. Keys gate/... and gradient_density/..., picture gate.png
     gate_per_head: bool = False  # the same for every head
 
 

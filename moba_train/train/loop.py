@@ -83,7 +83,7 @@ def _train(run: Run, stop: _StopSignal) -> None:
     try:
         if first:
             _announce(run, metrics)
-        validated = saved = -1
+        validated = saved = looked = -1
         told_plan = ""
         stopped = False
         while run.step < config.train.steps and not stopped:
@@ -109,6 +109,7 @@ def _train(run: Run, stop: _StopSignal) -> None:
             every = config.metrics.gate_every
             if every and run.step % every == 0:
                 metrics.write(gate_record(run))
+                looked = run.step
             every = config.checkpoint.save_every
             if every and run.step % every == 0:
                 checkpoint.save(run)
@@ -122,6 +123,8 @@ def _train(run: Run, stop: _StopSignal) -> None:
             metrics.say(f"Step {run.step} of train.steps={config.train.steps} is done already; raise it to go on.")
         elif validated != run.step and not stopped:
             _validate(run, metrics)
+        if config.metrics.gate_every and looked != run.step and not stopped:  # also where all steps were done already
+            metrics.write(gate_record(run))
     finally:
         metrics.close()
     if first and not stopped:
@@ -197,7 +200,7 @@ def _gate_share(every: int, records: list[dict[str, Any]], step_tokens: int) -> 
     """Of what a run says at its end, what looking at the gate costs. Medians: the first look and step build kernels."""
     looks = [r["gate/seconds"] for r in records if "gate/seconds" in r]
     steps = [step_tokens / r["tokens_per_second"] for r in records if "tokens_per_second" in r]
-    if not looks or not every:
+    if not (looks and steps and every):
         return []
     share = statistics.median(looks) / (every * statistics.median(steps))
     return [(f"gate metrics every {every} steps, share of training time", f"{share:.2%}")]
