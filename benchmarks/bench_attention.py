@@ -3,8 +3,10 @@
     python benchmarks/bench_attention.py [--settings small ...] [--lengths 8192 ...] [--budget 420] [--out FOLDER]
 
 Every backend is first held to fp64 on a small case of its setting, and one that fails is not timed; these checks run
-side by side, which also compiles the kernels. `--budget` (seconds, checks included) takes repetitions away where time
-is short, never rows. A row that runs out of memory says so. Writes attention_<device>_<date>.csv, .md and .png.
+side by side, which also compiles the kernels. Rows of deterministic gradients come at `--deterministic` lengths, those
+of decoding and chunked prefill over `--serving` keys at the end. `--budget` (seconds, checks included) takes
+repetitions away where time is short, never rows. A row that runs out of memory says so. Writes
+attention_<device>_<date>.csv, .md and .png.
 """
 
 from __future__ import annotations
@@ -108,8 +110,8 @@ class Bench:
                     _ratio(forward, forward_ms),
                     _ratio(both, both_ms),
                     setting.ratio(length) if moba else None,
-                    setting.goals.get(length) if moba else None,
-                    setting.forward_goals.get(length) if moba else None,
+                    setting.goals.get(length) if kernel_name in MOBA else None,
+                    setting.forward_goals.get(length) if kernel_name in MOBA else None,
                     count,
                     note,
                 )
