@@ -79,6 +79,7 @@ def select_blocks(
     *,
     block_size: int,
     top_k: int,
+    force_first_block: bool = False,
     force_previous_block: bool = False,
     share_picks_in_group: bool = False,
     backend: str = "auto",
@@ -89,15 +90,16 @@ def select_blocks(
     id), then -1 where there are not enough. No gradient flows.
 
     Args:
-        force_previous_block: the block before the own one comes second whatever its score, and counts as one of top_k.
+        force_first_block: the document's first block comes second whatever its score, and counts as one of top_k.
+        force_previous_block: the same of the block before the own one; it comes behind the first block, if both are.
         share_picks_in_group: the heads of a key head pick together, by the sum of their scores.
 
     Raises:
-        ValueError: mismatched inputs, `k_positions` (a gate over part of the keys would pick wrongly), or a previous
-            block forced into top_k = 1.
+        ValueError: mismatched inputs, `k_positions` (a gate over part of the keys would pick wrongly), or top_k less
+            than what is forced.
     """
     _check_inputs(q_THD, k_SGD, None, seq)
-    _check_sizes(block_size, top_k, force_previous_block)
+    _check_sizes(block_size, top_k, 1 + force_first_block + force_previous_block)
     means_NGD = gate.block_means(k_SGD, seq, block_size)
     return select_from_means(
         q_THD,
@@ -105,6 +107,7 @@ def select_blocks(
         seq,
         block_size=block_size,
         top_k=top_k,
+        force_first_block=force_first_block,
         force_previous_block=force_previous_block,
         share_picks_in_group=share_picks_in_group,
         backend=backend,
@@ -118,6 +121,7 @@ def select_from_means(
     *,
     block_size: int,
     top_k: int,
+    force_first_block: bool = False,
     force_previous_block: bool = False,
     share_picks_in_group: bool = False,
     backend: str = "auto",
@@ -125,9 +129,9 @@ def select_from_means(
     """`select_blocks` for given means of all N blocks of the batch, [N, G, D] -> int32 [T, H, K].
 
     Raises:
-        ValueError: mismatched inputs, or a previous block forced into top_k = 1.
+        ValueError: mismatched inputs, or top_k too small for what is forced.
     """
-    _check_sizes(block_size, top_k, force_previous_block)
+    _check_sizes(block_size, top_k, 1 + force_first_block + force_previous_block)
     _check_queries(q_THD, seq)
     num_blocks = seq.blocks(block_size).num_blocks
     if means_NGD.dim() != 3 or means_NGD.shape[0] != num_blocks or means_NGD.shape[2] != q_THD.shape[2]:
@@ -137,7 +141,11 @@ def select_from_means(
         )
     _check_heads(q_THD, means_NGD)
     select: _Gate = _function("select_from_means", backend, q_THD)
-    options = {"force_previous_block": force_previous_block, "share_picks_in_group": share_picks_in_group}
+    options = {
+        "force_first_block": force_first_block,
+        "force_previous_block": force_previous_block,
+        "share_picks_in_group": share_picks_in_group,
+    }
     return select(q_THD, means_NGD, seq, block_size=block_size, top_k=top_k, **options)
 
 
@@ -150,6 +158,7 @@ def moba_attention(
     block_size: int,
     top_k: int,
     softmax_scale: float | None = None,
+    force_first_block: bool = False,
     force_previous_block: bool = False,
     share_picks_in_group: bool = False,
     picks: Tensor | None = None,
@@ -160,7 +169,7 @@ def moba_attention(
 
     Args:
         softmax_scale: default 1 / sqrt(D).
-        force_previous_block, share_picks_in_group: how blocks are selected, as in `select_blocks`.
+        force_first_block, force_previous_block, share_picks_in_group: how blocks are selected, as in `select_blocks`.
         picks: int32 [T, H, K] as `select_blocks` returns them, whatever the options above; default: selected here.
             Required with `k_positions`. A block twice in one row would count twice.
         backend: "auto", "reference", "portable", "triton", "flash" or "mixed" (triton forward, flash backward).
@@ -174,7 +183,7 @@ def moba_attention(
         ValueError: mismatched inputs, `k_positions` without `picks`, or a backend that is absent or not deterministic.
     """
     _check_inputs(q_THD, k_SGD, v_SGD, seq)
-    _check_sizes(block_size, top_k, force_previous_block)
+    _check_sizes(block_size, top_k, 1 + force_first_block + force_previous_block)
     first = choice.moba_backend(block_size, seq.max_document)
     attend = _attention("moba_attention", backend, q_THD, deterministic, first=first)
     if picks is None:
@@ -191,6 +200,7 @@ def moba_attention(
             seq,
             block_size=block_size,
             top_k=top_k,
+            force_first_block=force_first_block,
             force_previous_block=force_previous_block,
             share_picks_in_group=share_picks_in_group,
             backend=backend,
@@ -327,12 +337,12 @@ def _scale(softmax_scale: float | None, q_THD: Tensor) -> float:
     return q_THD.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
 
 
-def _check_sizes(block_size: int, top_k: int, force_previous_block: bool) -> None:
+def _check_sizes(block_size: int, top_k: int, forced: int) -> None:
     for name, value in (("block_size", block_size), ("top_k", top_k)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-    if force_previous_block and top_k < 2:
-        raise ValueError("force_previous_block picks two blocks, the own and the one before: top_k must be at least 2")
+    if top_k < forced:
+        raise ValueError(f"{forced} blocks are picked whatever their score, the own one among them: top_k is too small")
 
 
 def _check_queries(q_THD: Tensor, seq: SequenceInfo) -> None:

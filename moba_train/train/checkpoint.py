@@ -18,6 +18,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import unwrap_model
+from torch.distributed.checkpoint import FileSystemReader
 
 from moba_train.config.schedule import PLAN_KEYS
 from moba_train.config.schema import AttentionConfig, RunConfig, to_dict
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
 __all__ = ["load_weights", "restore", "save"]
 
 _LOG = logging.getLogger(__name__)
+# What Transformer Engine keeps for fp8 beside weights. Other layers write it for other modules, or none.
+_EXTRA_STATE = "_extra_state"
 
 
 def save(run: Run) -> Path:
@@ -103,21 +106,13 @@ def restore(run: Run) -> bool:
     _verify(path, metadata)
     weights_only = loads_weights_only(run.config, path)
     wanted = _sharded_state(run, loading=True, metadata=metadata, weights_only=weights_only)
-    starts_convolution = run.config.attention.key_conv > 0 and key_conv_width(metadata) == 0
-    if starts_convolution:
-        # Exactly these keys are not there to be loaded; any other that is missing still fails.
-        for index in range(len(run.chunks)):
-            weights = wanted[_chunk_key(run, index)]
-            wanted[_chunk_key(run, index)] = {k: v for k, v in weights.items() if KEY_CONV_PREFIX not in k}
+    optional = [_EXTRA_STATE]
+    if run.config.attention.key_conv > 0 and key_conv_width(metadata) == 0:
+        optional.append(KEY_CONV_PREFIX)
         if dist.get_rank() == 0:
             _LOG.info("The checkpoint %s has no key convolution: it starts as the identity.", path)
-    state = dist_checkpointing.load(wanted, str(path))
-    for index, chunk in enumerate(run.chunks):
-        model = unwrap_model(chunk)
-        weights = state[_chunk_key(run, index)]
-        if starts_convolution:
-            weights |= {k: v for k, v in model.state_dict().items() if KEY_CONV_PREFIX in k}
-        model.load_state_dict(weights, strict=True)
+    models = {_chunk_key(run, index): unwrap_model(chunk) for index, chunk in enumerate(run.chunks)}
+    state = _load(path, wanted, models, optional)
     if weights_only:
         run.optimizer.reload_model_params()
         return True
@@ -139,7 +134,29 @@ def load_weights(path: Path, model: MegatronModule, data_context: dist.ProcessGr
     """Load a checkpoint's weights alone into a model of one chunk, from any layout; its files are verified first."""
     _verify(path, read_metadata(path))
     state = {"model": model.sharded_state_dict(metadata=_options(data_context))}
-    model.load_state_dict(dist_checkpointing.load(state, str(path))["model"], strict=True)
+    _load(path, state, {"model": model}, [_EXTRA_STATE])
+
+
+def _load(path: Path, wanted: dict[str, Any], models: dict[str, MegatronModule], optional: list[str]) -> dict[str, Any]:
+    """Load what is wanted, and the models' weights into the models.
+
+    optional: parts of names that a model keeps as it has them where the checkpoint lacks them; any other must be there.
+    """
+    stored = FileSystemReader(path).read_metadata().state_dict_metadata
+    left_out: dict[str, set[str]] = {}
+    for key in models:
+        left_out[key] = {
+            name
+            for name, shard in wanted[key].items()
+            if any(part in name for part in optional)
+            and (shard.unique_key if isinstance(shard, ShardedObject) else shard.key) not in stored
+        }
+        wanted[key] = {name: shard for name, shard in wanted[key].items() if name not in left_out[key]}
+    state = dist_checkpointing.load(wanted, str(path))
+    for key, model in models.items():
+        own = model.state_dict() if left_out[key] else {}
+        model.load_state_dict(state[key] | {name: own[name] for name in left_out[key]}, strict=True)
+    return state
 
 
 def _verify(path: Path, metadata: Metadata) -> None:

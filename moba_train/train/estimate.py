@@ -6,8 +6,9 @@ The memory is an estimate, by the terms listed in `_stage_bytes`; framework buff
 from __future__ import annotations
 
 from moba_train.config.schema import ModelConfig, RunConfig
-from moba_train.config.validate import data_parallel_size
+from moba_train.config.validate import data_parallel_size, padded_vocab_size
 from moba_train.context_parallel.memory import peak_bytes
+from moba_train.model.chunked_loss import rows_at_once
 
 __all__ = ["memory_gib", "parameter_count"]
 
@@ -50,7 +51,8 @@ def _stage_bytes(config: RunConfig, world_size: int, last: bool) -> dict[str, fl
     kept = waiting * stage_layers * (hidden if parallel.recompute == "full" else whole_layer)
     if parallel.recompute == "full":
         kept += whole_layer  # of the one layer that is computed again
-    logits = tokens * model.vocab_size / parallel.tensor * (width + 2 * 4)  # and two fp32 copies in the loss
+    words = padded_vocab_size(model.vocab_size, parallel.tensor) // parallel.tensor
+    logits = min(tokens, rows_at_once(words)) * words * (width + 2 * 4)  # and two fp32 copies in the loss
     return {
         "weights": parameters * width,
         "gradients": parameters * 4,
