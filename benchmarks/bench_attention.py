@@ -42,7 +42,7 @@ def main() -> None:
     # Compiled kernels of FlashAttention 4 pass from the checks to the timing through its cache on disk.
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
     if options.check:
-        print(json.dumps(_check(*options.check.split(":"))))
+        print(json.dumps(_check(*options.check.split(":"), bool(options.deterministic))))
         return
     deadline = time.monotonic() + options.budget
     errors = _check_all(options)
@@ -283,10 +283,14 @@ def _check_all(options: argparse.Namespace) -> dict[str, float]:
             f"{name}:FlashAttention 4" for name in {SETTINGS[name][:3]: name for name in options.settings}.values()
         ]
     start = time.monotonic()
-    running = {job: _process(job) for job in jobs}
+    running = {job: _process(job, options) for job in jobs}
     errors: dict[str, float] = {}
     for job, process in running.items():
-        output, _ = process.communicate(timeout=options.budget)
+        try:
+            output, _ = process.communicate(timeout=max(60.0, options.budget / 2))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            output, _ = process.communicate()
         if process.returncode == 0:
             found = json.loads(output.strip().splitlines()[-1])
         else:
@@ -301,16 +305,17 @@ def _check_all(options: argparse.Namespace) -> dict[str, float]:
     return errors
 
 
-def _process(job: str) -> subprocess.Popen:
-    command = [sys.executable, __file__, "--check", job]
+def _process(job: str, options: argparse.Namespace) -> subprocess.Popen:
+    command = [sys.executable, __file__, "--check", job, "--deterministic", *map(str, options.deterministic)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ)
 
 
-def _check(name: str, kernel_name: str) -> dict[str, float]:
+def _check(name: str, kernel_name: str, deterministic: bool) -> dict[str, float]:
     start, setting = time.monotonic(), SETTINGS[name]
     error = error_of(kernel_name, setting) if kernel_name in MOBA else 0.0
     if error <= _LIMIT:
-        names = [kernel_name, f"{kernel_name} deterministic"] if kernel_name in ("triton", "flash") else [kernel_name]
+        both = deterministic and kernel_name in ("triton", "flash")
+        names = [kernel_name, f"{kernel_name} deterministic"] if both else [kernel_name]
         for variant, length in itertools.product(names, (max(8 * K, 2 * setting.block_size), 32 * K)):
             attend = kernel(variant, setting, length)
             if attend is not None:
