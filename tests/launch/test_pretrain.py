@@ -134,6 +134,7 @@ def test_ctrl_c_saves_and_exits_zero_without_torchrun(data, tmp_path):
         (["attention.pattern=dense"], "attention.pattern='dense'"),
         (["checkpoint.load=nowhere"], "no checkpoint there"),
         (["attention.backend=triton"], "needs a CUDA GPU"),
+        (["attention.full_backend=flash"], "needs a CUDA GPU"),
         (["run.dir=Makefile/run"], "not a folder that can be written"),
     ],
 )
