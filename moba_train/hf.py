@@ -33,7 +33,7 @@ __all__ = ["NAME", "Rows", "layer_of", "register", "rows_of"]
 NAME = "moba"
 _DECODE = ("moba", "full")
 _SIZES = ("block_size", "top_k")
-_ROUTING = (*_SIZES, "force_previous_block", "share_picks_in_group")
+_ROUTING = (*_SIZES, "force_first_block", "force_previous_block", "share_picks_in_group")
 _REFUSED = ("sliding_window", "softcap", "s_aux", "dropout")
 _settings = {"decode": "moba"}
 

@@ -2,7 +2,7 @@
 
 Score of query q (head h) for block i is q . mean(K over block i), K after rotary embedding (arXiv 2502.13189, section
 2.2, eq. 5-6). The query's own block is always picked and counts as one of top_k; the others are the best top_k - 1
-blocks strictly before it in the same document, ties to the lower block id. Two options, off by default, change which
+blocks strictly before it in the same document, ties to the lower block id. Three options, off by default, change which
 these are; reference.py defines them.
 
 Sums and dots run in fp64 and are rounded to fp32 once. So a mean does not depend on the order in which its rows are
@@ -20,9 +20,9 @@ import importlib
 import torch
 from torch import Tensor
 
-from moba_train.attention.sequence import SequenceInfo
+from moba_train.attention.sequence import BlockTable, SequenceInfo
 
-__all__ = ["block_means", "block_sums", "means_from_sums", "select_from_means"]
+__all__ = ["block_means", "block_sums", "means_from_sums", "select_from_means", "with_first_block"]
 
 # Elements of the largest temporary: fits a CPU's cache, fills a GPU.
 _CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**26}
@@ -79,23 +79,33 @@ def select_from_means(
     *,
     block_size: int,
     top_k: int,
+    force_first_block: bool = False,
     force_previous_block: bool = False,
     share_picks_in_group: bool = False,
 ) -> Tensor:
     """Pick blocks given all block means -> int32 [T, H, K]: forced blocks, then by falling score, then -1 pads."""
     forced, dtype = 1 + force_previous_block, q_THD.dtype
-    if not share_picks_in_group:
-        return _select(q_THD, means_NGD, seq, block_size, top_k, forced, dtype)
-    group = q_THD.shape[1] // means_NGD.shape[1]
-    q_TGD = q_THD.double().unflatten(1, (-1, group)).sum(2)
-    return _select(q_TGD, means_NGD, seq, block_size, top_k, forced, dtype).repeat_interleave(group, 1)
+    table, scored = seq.blocks(block_size, skip_first=force_first_block), top_k - force_first_block
+    if share_picks_in_group:
+        group = q_THD.shape[1] // means_NGD.shape[1]
+        q_TGD = q_THD.double().unflatten(1, (-1, group)).sum(2)
+        picks_THK = _select(q_TGD, means_NGD, table, scored, forced, dtype).repeat_interleave(group, 1)
+    else:
+        picks_THK = _select(q_THD, means_NGD, table, scored, forced, dtype)
+    return with_first_block(picks_THK, seq, block_size) if force_first_block else picks_THK
 
 
-def _select(
-    q_THD: Tensor, means_NGD: Tensor, seq: SequenceInfo, block_size: int, top_k: int, forced: int, dtype: torch.dtype
-) -> Tensor:
+def with_first_block(picks_THK: Tensor, seq: SequenceInfo, block_size: int) -> Tensor:
+    """Picks among the blocks behind each document's first -> [T, H, K + 1] with the first in second place; a query in
+    the first block itself has no other."""
+    blocks = seq.blocks(block_size).on(picks_THK.device)
+    first_T = torch.where(blocks.own_T > blocks.first_T, blocks.first_T, -1).to(picks_THK.dtype)
+    first_TH1 = first_T[:, None, None].expand(-1, picks_THK.shape[1], 1)
+    return torch.cat([picks_THK[..., :1], first_TH1, picks_THK[..., 1:]], dim=-1)
+
+
+def _select(q_THD: Tensor, means_NGD: Tensor, table: BlockTable, top_k: int, forced: int, dtype: torch.dtype) -> Tensor:
     """The `forced` blocks that end with the query's own, then the best others; scores rounded as for `dtype`."""
-    table = seq.blocks(block_size)
     blocks = table.on(q_THD.device)
     num_queries, num_heads, head_dim = q_THD.shape
     num_key_heads = means_NGD.shape[1]

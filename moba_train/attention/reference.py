@@ -84,14 +84,21 @@ def select_from_means(
     *,
     block_size: int,
     top_k: int,
+    force_first_block: bool = False,
     force_previous_block: bool = False,
     share_picks_in_group: bool = False,
 ) -> Tensor:
     """The gate, one query and head at a time -> int32 [T, H, K]: own block, then by falling score, then -1 pads.
 
+    force_first_block: the first block of the query's document is picked whatever its score. It comes second (first
+    where it is the own one) and counts as one of top_k (which must be at least 2). Models trained with full attention
+    send what attention they do not need to the first tokens of a context (the attention sink, arXiv 2309.17453), and
+    one key of a block hardly shows in its mean.
+
     force_previous_block: the block right before the query's own, where its document has one, is picked whatever its
-    score. It comes second and counts as one of top_k (which must be at least 2); the other top_k - 2 are the best of
-    the blocks before it. So a query near the start of its block still sees its neighbourhood.
+    score. It comes behind the first block if that is forced, else second, and counts as one of top_k (which must be at
+    least 2, or 3 with both); the others are the best of the blocks left. So a query near the start of its block still
+    sees its neighbourhood.
 
     share_picks_in_group: the query heads of a key head pick together, by the sum of their scores. Scores are linear in
     the query, so it ranks blocks by the group's mean query: of all ways to combine heads the one that costs a single
@@ -106,7 +113,11 @@ def select_from_means(
     table = seq.blocks(block_size)
     picks = []
     for t, (first, own) in enumerate(zip(table.first_T.tolist(), table.own_T.tolist(), strict=True)):
-        forced = [own, own - 1] if force_previous_block and own > first else [own]
+        forced = [own]
+        if force_first_block and own > first:
+            forced.append(first)
+        if force_previous_block and own > first and own - 1 not in forced:
+            forced.append(own - 1)
         for row in scores[t]:
             ranked = sorted((-row[n], n) for n in range(first, own) if n not in forced)
             chosen = [*forced, *(n for _, n in ranked)][:top_k]

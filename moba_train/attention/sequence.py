@@ -72,6 +72,10 @@ class BlockTable:
     limit_T: Tensor  # held rows before limit_T are at or before the query's position
     _on: dict[torch.device, BlockTable] = field(default_factory=dict, repr=False)
 
+    def behind_first(self) -> BlockTable:
+        """The same blocks, with the candidates of every query beginning behind the first."""
+        return replace(self, first_T=torch.minimum(self.first_T + 1, self.own_T), _on={})
+
     def on(self, device: torch.device | str) -> BlockTable:
         """The same table with its tensors on `device`, copied there once."""
         device = torch.device(device)
@@ -142,8 +146,11 @@ class SequenceInfo:
             )
         return self._on[device]
 
-    def blocks(self, block_size: int) -> BlockTable:
-        """Host table of the blocks of `block_size` tokens, counted from each document's start; built once per size."""
+    def blocks(self, block_size: int, *, skip_first: bool = False) -> BlockTable:
+        """Host table of the blocks of `block_size` tokens, counted from each document's start; built once per size.
+        With `skip_first` a document's first block is no query's candidate."""
+        if skip_first:
+            return self.once(("behind the first block", block_size), lambda: self.blocks(block_size).behind_first())
         if block_size not in self._blocks:
             self._blocks[block_size] = self._build_blocks(block_size)
         return self._blocks[block_size]

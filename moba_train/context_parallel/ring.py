@@ -29,7 +29,7 @@ from moba_train.context_parallel.subgraph import Subgraph, record, take_graphs
 
 __all__ = ["attend_ring", "route"]
 
-_ROUTING = ("block_size", "top_k", "force_previous_block", "share_picks_in_group")
+_ROUTING = ("block_size", "top_k", "force_first_block", "force_previous_block", "share_picks_in_group")
 
 
 def attend_ring(

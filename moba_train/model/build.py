@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moba_train.config.schema import RunConfig
 from moba_train.config.validate import padded_vocab_size
+from moba_train.model.chunked_loss import ChunkedLossGPT
 from moba_train.model.freeze import freeze_parameters
 from moba_train.model.layer_plan import layer_plan
 from moba_train.model.specs import block_spec
@@ -45,12 +46,8 @@ def transformer_config(config: RunConfig, device: torch.device) -> TransformerCo
     elif parallel.recompute == "selective":  # attention keeps little: recompute the MLP
         options |= {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}
     if config.precision == "fp8":
-        options |= {
-            "fp8": "hybrid",
-            "fp8_recipe": "delayed",
-            "fp8_amax_history_len": 1024,
-            "fp8_amax_compute_algo": "max",
-        }
+        # Scales of the present tensors: no history to keep, so none in a checkpoint (it would be a pickle).
+        options |= {"fp8": "hybrid", "fp8_recipe": "tensorwise"}
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -96,7 +93,7 @@ def build_gpt(
     virtual = config.parallel.virtual_pipeline
     vp_stage = stage if virtual > 1 else None
     vocab_size = config.model.vocab_size
-    model = GPTModel(
+    model = ChunkedLossGPT(
         config=transformer,
         transformer_layer_spec=block_spec(config, transformer, plan, groups.pipeline.rank, vp_stage),
         vocab_size=padded_vocab_size(vocab_size, config.parallel.tensor),

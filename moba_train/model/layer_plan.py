@@ -41,13 +41,20 @@ class LayerAttention:
     kind: LayerKind
     block_size: int
     top_k: int
+    force_first_block: bool = False
     force_previous_block: bool = False
     share_picks_in_group: bool = False
 
     @property
     def routing(self) -> dict[str, Any]:
         """What attention's `moba_attention` and `select_blocks` take to pick blocks."""
-        names = ("block_size", "top_k", "force_previous_block", "share_picks_in_group")
+        names = (
+            "block_size",
+            "top_k",
+            "force_first_block",
+            "force_previous_block",
+            "share_picks_in_group",
+        )
         return {name: getattr(self, name) for name in names}
 
 
@@ -99,7 +106,12 @@ def describe(plan: Plan) -> str:
 def _details(layer: LayerAttention) -> str:
     if layer.kind is LayerKind.FULL:
         return ""
-    options = ["previous"] * layer.force_previous_block + ["shared"] * layer.share_picks_in_group
+    named = {
+        "first": layer.force_first_block,
+        "previous": layer.force_previous_block,
+        "shared": layer.share_picks_in_group,
+    }
+    options = [name for name, on in named.items() if on]
     return f"({','.join([str(layer.block_size), str(layer.top_k), *options])})"
 
 
@@ -115,8 +127,15 @@ def _plan(attention: AttentionConfig, num_layers: int, key: str) -> Plan:
     _check_layers(f"{key}.full_layers", attention.full_layers, num_layers)
     _check_sizes(key, attention.block_size, attention.top_k)
     dense = {*range(first), *range(num_layers - last, num_layers), *attention.full_layers}
-    sizes = (attention.block_size, attention.top_k, attention.force_previous_block, attention.share_picks_in_group)
-    plan = [LayerAttention(LayerKind.FULL if i in dense else kind, *sizes) for i, kind in enumerate(kinds)]
+    gate = LayerAttention(
+        LayerKind.MOBA,
+        attention.block_size,
+        attention.top_k,
+        attention.force_first_block,
+        attention.force_previous_block,
+        attention.share_picks_in_group,
+    )
+    plan = [replace(gate, kind=LayerKind.FULL if i in dense else kind) for i, kind in enumerate(kinds)]
     _check_layers(f"{key}.overrides", [layer for each in attention.overrides for layer in each.layers], num_layers)
     for index, override in enumerate(attention.overrides):
         where = f"{key}.overrides[{index}]"
@@ -129,9 +148,11 @@ def _plan(attention: AttentionConfig, num_layers: int, key: str) -> Plan:
         _check_sizes(where, **changes)
         for layer in override.layers:
             plan[layer] = replace(plan[layer], **changes)
-    least = min((each.top_k for each in plan if each.kind is LayerKind.MOBA), default=2)
-    if attention.force_previous_block and least < 2:
-        remedy = "with attention.force_previous_block it must be at least 2: the own block and the one before"
+    least = min((each.top_k for each in plan if each.kind is LayerKind.MOBA), default=None)
+    forced = [name for name in ("force_first_block", "force_previous_block") if getattr(attention, name)]
+    if least is not None and least < 1 + len(forced):
+        what = " and ".join(f"attention.{name}" for name in forced)
+        remedy = f"with {what} it must be at least {1 + len(forced)}: the own block and what is forced"
         raise ConfigError(f"{key}.top_k", least, remedy)
     return tuple(plan)
 

@@ -33,6 +33,7 @@ from moba_train.train.checkpoint_folder import (
     Metadata,
     complete_checkpoints,
     corrupt,
+    data_key,
     find_start,
     key_conv_width,
     loads_weights_only,
@@ -86,6 +87,7 @@ def save(run: Run) -> Path:
             world_size=run.groups.world_size,
             manifest=manifest,
             rope=describe_rope(run.config.model, run.config.train.sequence_length),
+            content=run.data.content,
         )
         write_metadata(partial, metadata)
         if final.exists():  # the same step saved before: out of the way first, removed last
@@ -125,6 +127,9 @@ def restore(run: Run) -> bool:
     run.loader.load_state_dict(metadata.data)
     run.step, run.tokens = metadata.step, metadata.tokens
     _tell_other_plan(run.config, metadata)
+    if metadata.content not in ("", run.data.content):
+        told = "%s gives other data than the checkpoint was trained on; training goes on at their sample %d."
+        _LOG.info(told, data_key(run.config)[0], metadata.data["consumed_samples"])
     if "random" in state:
         load_random_state(state["random"])
     elif dist.get_rank() == 0:

@@ -26,11 +26,11 @@ def print_plan(config: RunConfig, world_size: int) -> None:
     attention = planned(config).attention
     phases = plan_phases(attention, model.num_layers)
     ends = [*(start for start, _ in phases[1:]), train.steps]
-    costs = [training_flops(model, plan, [length]) / length for _, plan in phases]
+    costs = [training_flops(model, plan, [length], attention.key_conv) / length for _, plan in phases]
     shares = [(end - start) / train.steps for (start, _), end in zip(phases, ends, strict=True)]
     flops = sum(cost * share for cost, share in zip(costs, shares, strict=True))
     full = tuple(dataclasses.replace(layer, kind=LayerKind.FULL) for layer in phases[0][1])
-    dense = training_flops(model, full, [length]) / length
+    dense = training_flops(model, full, [length], attention.key_conv) / length
     tokens = train.global_batch_size * length
 
     print(json.dumps(to_dict(config), indent=2))
@@ -48,7 +48,7 @@ def print_plan(config: RunConfig, world_size: int) -> None:
             ("micro-batches per step and rank", train.global_batch_size // dp),
             ("tokens per step", tokens),
             ("tokens in all", tokens * train.steps),
-            ("parameters", parameter_count(model, config.attention.key_conv)),
+            ("parameters", parameter_count(model, attention.key_conv)),
             ("FLOPs per token, forward and backward", f"{flops:.4g}" + (", mean over training" if ends[1:] else "")),
             ("  of these in matrix products", f"{3 * matmul_flops_per_token(model):.4g}"),
             ("  if every layer were full", f"{dense:.4g} ({dense / flops:.2f} x)"),

@@ -2,7 +2,8 @@
 
 Keys of metrics.jsonl: step, loss, validation_loss, validation_loss_by_position, grad_norm, learning_rate, tokens,
 tokens_per_second, tflops_per_gpu, mfu, memory_gib, and layer_plan on the first step (also after a resume) and on the
-first step of every other plan. Every metrics.gate_every steps gate/... and gradient_density/... (gate_metrics.py).
+first step of every other plan. Every metrics.gate_every steps, and at the end, gate/... and gradient_density/...
+(gate_metrics.py).
 """
 
 from __future__ import annotations

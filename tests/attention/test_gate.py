@@ -94,6 +94,20 @@ def test_previous_block_comes_second_whatever_its_score() -> None:
     assert [two[row] for row in (1, 3, 5, 9)] == [[0, -1], [1, -1], [2, 1], [4, 3]]
 
 
+def test_first_block_comes_second_whatever_its_score() -> None:
+    k = torch.tensor([5.0, 5.0, -9.0, -9.0, 3.0, 3.0, -2.0, -2.0, 1.0, 1.0])[:, None, None]
+    q, seq = torch.ones(10, 1, 1), SequenceInfo([0, 2, 10])
+    picks = select_blocks(q, k, seq, block_size=2, top_k=3, force_first_block=True)[:, 0].tolist()
+    assert picks[1] == [0, -1, -1]
+    assert picks[3] == [1, -1, -1]  # its own block is the first of its document
+    assert picks[4] == [2, 1, -1]
+    assert picks[7] == [3, 1, 2]
+    assert picks[9] == [4, 1, 2]
+    both = {"force_first_block": True, "force_previous_block": True}
+    picks = select_blocks(q, k, seq, block_size=2, top_k=4, **both)[:, 0].tolist()
+    assert [picks[row] for row in (3, 4, 7, 9)] == [[1, -1, -1, -1], [2, 1, -1, -1], [3, 1, 2, -1], [4, 1, 3, 2]]
+
+
 def test_a_group_that_shares_picks_by_its_mean_query() -> None:
     k = torch.tensor([[3.0, 0.0], [0.0, 2.0], [2.0, 2.0], [0.0, 0.0]])[:, None]
     q = torch.eye(2).expand(4, 2, 2)

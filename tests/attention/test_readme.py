@@ -62,6 +62,9 @@ def test_options_of_the_gate() -> None:
     assert select_blocks(-Q, K, seq, **SIZES).flatten().tolist() == [2, 0]
     assert select_blocks(-Q, K, seq, **SIZES, force_previous_block=True).flatten().tolist() == [2, 1]
     assert "picks `[2, 0]`; forced, `[2, 1]`" in text
+    assert select_blocks(Q, K, seq, **SIZES).flatten().tolist() == [2, 1]
+    assert select_blocks(Q, K, seq, **SIZES, force_first_block=True).flatten().tolist() == [2, 0]
+    assert "picks\n`[2, 1]`; forced, `[2, 0]`" in text
     heads = torch.tensor([1.0, -3.0], dtype=torch.float64)[None, :, None]
     assert select_blocks(heads, K, seq, **SIZES)[0].tolist() == [[2, 1], [2, 0]]
     assert select_blocks(heads, K, seq, **SIZES, share_picks_in_group=True)[0].tolist() == [[2, 0], [2, 0]]

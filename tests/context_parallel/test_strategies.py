@@ -22,6 +22,7 @@ from tests.helpers.tolerance import TOLERANCE
 HEAD_DIM = 8
 OPS = {"full": full_attention, "moba": moba_attention}
 PREVIOUS, SHARED = {"force_previous_block": True}, {"share_picks_in_group": True}
+FIRST = {"force_first_block": True}
 # lengths of the documents; heads: "gqa", "mha" or "mqa"; block size; top_k; options of the gate
 CASES = {
     "one_document": ([61], "gqa", 8, 3),
@@ -36,6 +37,7 @@ CASES = {
     "one_key_head": ([37, 8], "mqa", 8, 3),
     "as_many_key_heads": ([37, 8], "mha", 8, 3),
     "nothing": ([], "gqa", 4, 2),
+    "first_forced": ([5, 0, 1, 17, 1, 1, 9, 0, 30], "gqa", 4, 3, FIRST),
     "previous_forced": ([5, 0, 1, 17, 1, 1, 9, 0, 30], "gqa", 4, 3, PREVIOUS),
     "picks_shared": ([37, 8], "gqa", 4, 3, SHARED),
     "picks_shared_by_all_heads": ([37, 8], "mqa", 4, 3, SHARED | PREVIOUS),

@@ -54,6 +54,7 @@ class Case:
     quantised: bool = False
     q_factor: float = 1.0  # 2**k with `quantised`: exact logits of any size
     strided: bool = False
+    force_first_block: bool = False
     force_previous_block: bool = False
     share_picks_in_group: bool = False
     fp32_gradients: bool = True  # False where rounding lse itself to fp32 costs gradients more than their tolerance
@@ -67,6 +68,7 @@ class Case:
         return {
             "block_size": self.block_size,
             "top_k": self.top_k,
+            "force_first_block": self.force_first_block,
             "force_previous_block": self.force_previous_block,
             "share_picks_in_group": self.share_picks_in_group,
         }
@@ -165,6 +167,21 @@ CASES = (
     Case("previous-forced-zigzag", (0, 25, 64), force_previous_block=True, q_positions=zigzag_positions(64, 1, 2)),
     Case(
         "previous-forced-ties", (0, 9, 70), head_dim=8, block_size=2, top_k=5, quantised=True, force_previous_block=True
+    ),
+    Case("first-forced", (0, 40, 40, 43, 111), top_k=4, force_first_block=True),
+    Case("first-forced-into-two", (0, 40, 61), top_k=2, force_first_block=True),
+    Case("first-forced-zigzag", (0, 25, 64), force_first_block=True, q_positions=zigzag_positions(64, 1, 2)),
+    Case("first-forced-ties", (0, 9, 70), head_dim=8, block_size=2, top_k=5, quantised=True, force_first_block=True),
+    Case("first-and-previous-forced", (0, 20, 57), force_first_block=True, force_previous_block=True),
+    Case(
+        "first-previous-shared-decode",
+        (0, 21, 50, 51, 70),
+        key_heads=1,
+        top_k=4,
+        q_positions=(20, 49, 50, 69),
+        force_first_block=True,
+        force_previous_block=True,
+        share_picks_in_group=True,
     ),
     Case("picks-shared", (0, 50, 71), heads=6, key_heads=2, share_picks_in_group=True),
     Case("picks-shared-ties", (0, 70), head_dim=8, block_size=2, top_k=5, quantised=True, share_picks_in_group=True),

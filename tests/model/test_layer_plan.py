@@ -33,10 +33,11 @@ def test_dense_ends_win_over_the_pattern():
 
 
 def test_gate_options_reach_every_layer_and_the_description():
-    plan = layer_plan(AttentionConfig(pattern="moba,full", force_previous_block=True, share_picks_in_group=True), 2)
-    routing = {"block_size": 64, "top_k": 4, "force_previous_block": True, "share_picks_in_group": True}
+    forced = {"force_first_block": True, "force_previous_block": True}
+    routing = {"block_size": 64, "top_k": 4, **forced, "share_picks_in_group": True}
+    plan = layer_plan(AttentionConfig(pattern="moba,full", share_picks_in_group=True, **forced), 2)
     assert [layer.routing for layer in plan] == [routing, routing]
-    assert describe(plan) == "moba*1(64,4,previous,shared), full*1"
+    assert describe(plan) == "moba*1(64,4,first,previous,shared), full*1"
 
 
 def test_a_forced_previous_block_needs_two_picks():
@@ -44,6 +45,13 @@ def test_a_forced_previous_block_needs_two_picks():
         layer_plan(AttentionConfig(pattern="full,moba", top_k=1, force_previous_block=True), 2)
     assert caught.value.key == "attention.top_k"
     layer_plan(AttentionConfig(pattern="full", top_k=1, force_previous_block=True), 2)
+
+
+def test_every_forced_block_needs_a_pick():
+    with pytest.raises(ConfigError) as caught:
+        layer_plan(AttentionConfig(top_k=2, force_first_block=True, force_previous_block=True), 2)
+    assert (caught.value.key, caught.value.value) == ("attention.top_k", 2)
+    layer_plan(AttentionConfig(top_k=2, force_first_block=True), 2)
 
 
 def test_layers_carry_their_block_size_and_top_k():

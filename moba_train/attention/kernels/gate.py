@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moba_train.attention.gate import with_first_block
 from moba_train.attention.kernels.tiles import check_supported, gate_tiles, padded_dim
 from moba_train.attention.sequence import SequenceInfo
 
@@ -35,6 +36,7 @@ def select_from_means(
     *,
     block_size: int,
     top_k: int,
+    force_first_block: bool = False,
     force_previous_block: bool = False,
     share_picks_in_group: bool = False,
 ) -> Tensor:
@@ -46,8 +48,10 @@ def select_from_means(
         ValueError: a CPU tensor, a dtype other than bf16, fp16 and fp32, or a head dim above 256.
     """
     check_supported(q_THD)
-    table = seq.blocks(block_size).on(q_THD.device)
-    return _select(q_THD, means_NGD, table.first_T, table.own_T, top_k, 1 + force_previous_block, share_picks_in_group)
+    table = seq.blocks(block_size, skip_first=force_first_block).on(q_THD.device)
+    scored, forced = top_k - force_first_block, 1 + force_previous_block
+    picks_THK = _select(q_THD, means_NGD, table.first_T, table.own_T, scored, forced, share_picks_in_group)
+    return with_first_block(picks_THK, seq, block_size) if force_first_block else picks_THK
 
 
 @torch.library.custom_op("moba_train::block_sums", mutates_args=())

@@ -1,0 +1,365 @@
+#!/usr/bin/env python3
+"""A real model stretched to four times its context with MoBA and with full attention, on the same long documents.
+
+    python experiments/extend_smollm2/run.py --model models/SmolLM2 [--steps N] [--minutes M] [--quick] [key=value ...]
+    python experiments/extend_smollm2/run.py --page experiments/extend_smollm2/results.json
+
+Takes a Hugging Face folder (folder.py makes SmolLM2-135M-Instruct's), joins installed Python sources to long documents
+(documents.py), trains two arms from the same weights on the same batches, and evaluates the model before and both
+after: loss by position and a passkey grid. YaRN stretches the positions. Then writes results.json, a page and a
+picture; the second form writes the last two again from the first.
+
+On a GPU the arms and the evaluations of the model before run side by side, on a CPU one after another. What is finished
+is not run again, a stopped arm goes on from its checkpoint; after --minutes everything is stopped so. `--quick` shows
+on a CPU that everything works, in ten minutes; its numbers mean nothing and are not put beside this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+sys.path.insert(0, str(ROOT))  # also where the project is not installed
+
+from experiments.extend_smollm2.page import write_results  # noqa: E402
+
+GRACE_S = 60  # for a checkpoint after a stop
+TAIL = 25  # lines of a failed part's log
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One kind of device. length: of the context; None: STRETCH times the model's own. lengths: parts of it."""
+
+    length: int | None
+    steps: int
+    batch: int
+    block_size: int
+    top_k: int
+    dense_last: int
+    characters: int
+    megabytes: float
+    lengths: tuple[int, ...]  # of the passkey grid: 4 is a quarter of the context
+    documents: int
+    samples: int
+    precision: str
+
+
+GPU = Setting(
+    length=None,
+    steps=48,
+    batch=2,
+    block_size=256,
+    top_k=16,
+    dense_last=5,
+    characters=420_000,
+    megabytes=48,
+    lengths=(4, 2, 1),
+    documents=24,
+    samples=2,
+    precision="bf16",
+)
+QUICK = Setting(
+    length=512,
+    steps=2,
+    batch=1,
+    block_size=32,
+    top_k=4,
+    dense_last=5,
+    characters=12_000,
+    megabytes=0.4,
+    lengths=(2, 1),
+    documents=2,
+    samples=1,
+    precision="fp32",
+)
+STRETCH = 4
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is run: overrides of both arms and of each."""
+
+    original: int
+    length: int
+    steps: int
+    common: list[str]
+    rope: list[str]
+    arms: dict[str, list[str]]
+
+
+class Stopped(Exception):
+    """The time is up, or a part failed and the others were stopped for it."""
+
+
+class Parts:
+    """Subprocesses with a common end: the deadline, or the first that fails. Their output goes to log files."""
+
+    def __init__(self, deadline: float | None) -> None:
+        self.start, self.deadline = time.monotonic(), deadline
+        self.failed = threading.Event()
+
+    def say(self, text: str) -> None:
+        print(f"[{time.monotonic() - self.start:5.0f} s] {text}", flush=True)
+
+    def run(self, name: str, command: Sequence[object], log: Path) -> None:
+        """Run to the end; Stopped where there was none."""
+        log.parent.mkdir(parents=True, exist_ok=True)
+        began = time.monotonic()
+        with log.open("a", encoding="utf-8") as stream:
+            process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT)
+            while process.poll() is None:
+                if self.failed.is_set() or self._late():
+                    process.send_signal(signal.SIGTERM)
+                    try:
+                        process.wait(GRACE_S)
+                    except subprocess.TimeoutExpired:
+                        process.kill()
+                        process.wait()
+                    self.say(f"{name}: stopped")
+                    raise Stopped("stopped; the same command goes on")
+                time.sleep(0.2)
+        if process.returncode:
+            self.failed.set()
+            last = log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL:]
+            raise Stopped("\n".join([f"{name} failed ({process.returncode}); the end of {log}:", *last]))
+        self.say(f"{name}: {time.monotonic() - began:.0f} s")
+
+    def _late(self) -> bool:
+        return self.deadline is not None and time.monotonic() - self.start > self.deadline
+
+
+def main() -> int:
+    args = _arguments()
+    if args.page is not None:
+        print(write_results(json.loads(args.page.read_text(encoding="utf-8")), args.page))
+        return 0
+    quick: bool = args.quick
+    out = Path(args.out or f"runs/extend_smollm2{'_quick' if quick else ''}").absolute()
+    model = Path(args.model).absolute()
+    if not (model / "config.json").is_file():
+        print(f"error: {model} is no Hugging Face folder: see experiments/extend_smollm2/folder.py", file=sys.stderr)
+        return 2
+    plan = _plan(args, model, out / "data")
+    parts = Parts(None if args.minutes is None else args.minutes * 60)
+    try:
+        _same_settings(out, plan)
+        _data(parts, QUICK if quick else GPU, model, out)
+        _side_by_side(
+            [*(_lane(parts, plan, out, arm, args) for arm in plan.arms), _before(parts, plan, out, model, args)]
+        )
+    except Stopped as reason:
+        print(reason, file=sys.stderr)
+        return 1
+    results = HERE / "results.json" if not quick else out / "results.json"
+    print(write_results(_results(args, plan, out), results))
+    parts.say(f"written: {results} and its page and picture")
+    return 0
+
+
+def _plan(args: argparse.Namespace, model: Path, data: Path) -> Plan:
+    setting = QUICK if args.quick else GPU
+    original = json.loads((model / "config.json").read_text(encoding="utf-8"))["max_position_embeddings"]
+    length = setting.length or STRETCH * original
+    steps = args.steps or setting.steps
+    rope = [
+        "model.rope_scaling.rope_type=yarn",
+        f"model.rope_scaling.factor={STRETCH}",
+        f"model.rope_scaling.original_max_position_embeddings={original}",
+        f"model.max_position_embeddings={STRETCH * original}",
+    ]
+    common = [
+        "recipe=tiny",
+        f"checkpoint.init_from_hf={model}",
+        f"data.path={data}",
+        f"precision={setting.precision}",
+        f"train.steps={steps}",
+        f"train.sequence_length={length}",
+        f"train.global_batch_size={setting.batch}",
+        "train.validate_every=0",
+        "train.validation_batches=1",
+        "metrics.gate_every=0",
+        "parallel.recompute=selective",
+        "optim.learning_rate=3e-4",
+        "optim.min_learning_rate=3e-5",
+        f"optim.warmup_steps={max(1, steps // 10)}",
+        "checkpoint.save_every=100",
+        "checkpoint.keep_last=1",
+        *rope,
+    ]
+    moba = [
+        "attention=moba",
+        f"attention.block_size={setting.block_size}",
+        f"attention.top_k={setting.top_k}",
+        "attention.force_first_block=true",
+        f"attention.dense_last_layers={setting.dense_last}",
+    ]
+    arms = {"full": ["attention=full", *args.overrides], "moba": [*moba, *args.overrides]}
+    return Plan(original, length, steps, common, rope, arms)
+
+
+def _same_settings(out: Path, plan: Plan) -> None:
+    """A folder belongs to one plan: going on with another would compare unlike runs."""
+    record, said = out / "plan.json", json.loads(json.dumps(asdict(plan)))
+    if record.exists() and json.loads(record.read_text(encoding="utf-8")) != said:
+        raise Stopped(f"{out} was started with other settings: choose another --out, or delete it")
+    out.mkdir(parents=True, exist_ok=True)
+    record.write_text(json.dumps(said, indent=1), encoding="utf-8")
+
+
+def _data(parts: Parts, setting: Setting, model: Path, out: Path) -> None:
+    text = out / "long.jsonl"
+    size = ["--characters", str(setting.characters), "--megabytes", str(setting.megabytes)]
+    if not text.exists():
+        command = [sys.executable, HERE / "documents.py", "--output", text, *size]
+        parts.run("documents", command, out / "documents.log")
+    if not (out / "data" / "dataset.json").exists():
+        options = ["--tokenizer", model, "--valid-fraction", "0.25"]
+        command = [sys.executable, "launch/prepare_data.py", "--output", out / "data", "--input", text, *options]
+        parts.run("tokens", command, out / "data.log")
+
+
+def _lane(parts: Parts, plan: Plan, out: Path, arm: str, args: argparse.Namespace) -> Callable[[], None]:
+    def train_and_evaluate() -> None:
+        folder = out / arm
+        if not (folder / "loss.png").exists():  # the last thing that a finished run writes
+            command = [sys.executable, "launch/pretrain.py", *plan.common, *plan.arms[arm], f"run.dir={folder}"]
+            parts.run(f"training, {arm}", command, folder / "log.txt")
+            if not (folder / "loss.png").exists():
+                raise Stopped("stopped; the same command goes on")
+        _evaluate(parts, plan, out, arm, folder, [], args)
+
+    return train_and_evaluate
+
+
+def _before(parts: Parts, plan: Plan, out: Path, model: Path, args: argparse.Namespace) -> Callable[[], None]:
+    precision = [override for override in plan.common if override.startswith("precision=")]
+    moba = [  # evaluate.py takes keys, not recipes
+        "attention.pattern=moba",
+        *plan.arms["moba"][1:],
+    ]
+
+    def evaluate() -> None:
+        _evaluate(parts, plan, out, "before", model, precision, args)
+        _evaluate(parts, plan, out, "stretched_full", model, [*precision, *plan.rope], args, passkey=False)
+        _evaluate(parts, plan, out, "stretched_moba", model, [*precision, *plan.rope, *moba], args, passkey=False)
+        free = [*moba, "attention.force_first_block=false"]  # what the gate does without its attention sink
+        _evaluate(parts, plan, out, "stretched_free", model, [*precision, *plan.rope, *free], args, passkey=False)
+
+    return evaluate
+
+
+def _evaluate(
+    parts: Parts,
+    plan: Plan,
+    out: Path,
+    name: str,
+    source: Path,
+    overrides: list[str],
+    args: argparse.Namespace,
+    passkey: bool = True,
+) -> None:
+    setting = QUICK if args.quick else GPU
+    folder = out / "evaluation" / name
+    if (folder / "evaluation.json").exists():
+        return
+    lengths = [plan.length // part for part in setting.lengths] if passkey else [plan.length]
+    options: dict[str, Any] = {
+        "--output": folder,
+        "--data": out / "data",
+        "--tasks": "position,passkey" if passkey else "position",
+        "--lengths": ",".join(map(str, lengths)),
+        "--documents": setting.documents,
+        "--samples": setting.samples,
+        "--distractors": 1,
+    }
+    command = [sys.executable, "launch/evaluate.py", source, *overrides]
+    for option, value in options.items():
+        command += [option, value]
+    parts.run(f"evaluation of {name}", command, out / "evaluation" / f"{name}.log")
+
+
+def _side_by_side(lanes: list[Callable[[], None]]) -> None:
+    """All at once on a GPU, one after another on a CPU; the first that fails ends the others."""
+    import torch
+
+    with ThreadPoolExecutor(len(lanes) if torch.cuda.is_available() else 1) as pool:
+        futures = [pool.submit(lane) for lane in lanes]
+    errors = [error for future in futures if (error := future.exception()) is not None]
+    if errors:
+        raise max(errors, key=lambda error: "failed" in str(error))
+
+
+def _results(args: argparse.Namespace, plan: Plan, out: Path) -> dict[str, Any]:
+    """Everything that the page says, without the names of anybody's folders."""
+    from moba_train.data.info import dataset_info
+    from moba_train.train.metrics import read_metrics
+
+    arms = {}
+    for arm in plan.arms:
+        records = [record for record in read_metrics(out / arm) if "loss" in record]
+        arms[arm] = {
+            "losses": {record["step"]: record["loss"] for record in records},
+            "layers": next(record["layer_plan"] for record in records if "layer_plan" in record),
+            "memory_gib": max(record["memory_gib"] for record in records),
+        }
+    evaluations, device = {}, ""
+    for path in sorted((out / "evaluation").glob("*/evaluation.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        evaluations[path.parent.name] = {key: found[key] for key in ("layers", "loss_by_position", "passkey")}
+        device = found["device"]
+    info = dataset_info(out / "data")
+    given = ["--quick"] * args.quick + ([f"--steps {args.steps}"] if args.steps else []) + args.overrides
+    folders = ("checkpoint.init_from_hf=", "data.path=")
+    return {
+        "quick": args.quick,
+        "command": " ".join(["python experiments/extend_smollm2/run.py --model FOLDER", *given]),
+        "device": device,
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "megatron-core")},
+        "python": platform.python_version(),
+        "date": datetime.date.today().isoformat(),
+        "original": plan.original,
+        "length": plan.length,
+        "common": [override for override in plan.common if not override.startswith(folders)],
+        "arm_overrides": plan.arms,
+        "data": {"train": asdict(info.train), "valid": asdict(info.valid)},
+        "arms": arms,
+        "evaluations": evaluations,
+    }
+
+
+def _arguments() -> argparse.Namespace:
+    summary, _, text = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=summary, epilog=text, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", default="models/SmolLM2", metavar="DIR", help="Hugging Face folder (default: models/SmolLM2)")
+    add("--steps", type=int, metavar="N", help=f"of each arm (default: {GPU.steps})")
+    add("--minutes", type=float, metavar="M", help="stop then, to be gone on from by the same command")
+    add("--quick", action="store_true", help="tiny lengths and few steps: does it work?")
+    add("--out", metavar="DIR", help="of the runs (default: runs/extend_smollm2)")
+    add("--page", type=Path, metavar="FILE", help="write the page of this results.json again, and nothing else")
+    add("overrides", nargs="*", metavar="key=value", help="given to both arms")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    sys.exit(main())
