@@ -242,12 +242,11 @@ def plumbing(bench: Bench) -> None:
     for name in options.ops:
         op, settings = op_of(name)
         calls = [step(each, settings, options, rows, SequenceInfo([0, rows])) for each in (op, wrap(op, mine))]
-        times: list[list[float]] = [[], []]
-        for i in range(2 + 2 * options.repeats):
-            seconds = bench.once(calls[i % 2], together=True)
-            if i >= 2:
-                times[i % 2].append(1e3 * seconds)
-        bare, wrapped = map(statistics.median, times)
+        for call in calls:
+            first = max(bench.once(call, together=True), bench.once(call, together=True))  # compiles; then as usual
+        rounds = max(options.repeats, min(50, int(2 * options.seconds / first)))
+        times = [[1e3 * bench.once(call, together=True) for call in calls] for _ in range(rounds)]
+        bare, wrapped = map(statistics.median, zip(*times, strict=True))
         cost = f"{100 * (wrapped / bare - 1):+.2f} %"
         bench.say("plumbing", f"| {title(name)} | {rows} | {bare:.3f} | {wrapped:.3f} | {cost} |")
 
