@@ -57,7 +57,8 @@ extend-demo: $(VENV)/.installed  ## SmolLM2 (or a tiny Llama) in, trained at 2K 
 	@$(BIN)/python experiments/extend_demo/run.py $(ARGS)
 
 test: $(VENV)/.installed  ## Run the tests that need no GPU (ARGS="-k gate")
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile \
+		--no-loadscope-reorder $(ARGS)
 
 SHELL_FILES = .ci/run $(wildcard launch/slurm/*.sh launch/slurm/*.sbatch)
 

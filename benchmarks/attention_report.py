@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import datetime
 import platform
+import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -76,7 +77,7 @@ def _head() -> str:
         f"cuDNN {torch.backends.cudnn.version()}, FlashAttention 4 {flash_library.version()}, "
         f"Python {platform.python_version()}. bf16, batch 1, random inputs. CUDA events, median of the runs;\n"
         "MoBA with gate and routing. Memory: peak with inputs, outputs and gradients.\n\n"
-        f"Command: `python {' '.join(sys.argv)}`"
+        f"Command: `python {re.sub(' --out [^ ]+', '', ' '.join(sys.argv))}`"
     )
 
 

@@ -17,12 +17,12 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from moba_train.attention import SequenceInfo, flash_library, moba_attention, reference, select_blocks
 
-__all__ = ["DENSE", "MOBA", "SETTINGS", "Attention", "K", "Setting", "error_of", "inputs", "kernel"]
+__all__ = ["DENSE", "MOBA", "SETTINGS", "Attention", "K", "Setting", "error_of", "inputs", "is_moba", "kernel"]
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 K = 1024
 DENSE = ("FlashAttention 4", "cuDNN", "FlashAttention 2")
-MOBA = ("triton", "flash")
+MOBA = ("triton", "flash", "mixed")
 
 
 class Setting(NamedTuple):
@@ -79,14 +79,21 @@ def inputs(length: int, setting: Setting) -> list[Tensor]:
     ]
 
 
+def is_moba(name: str) -> bool:
+    """Whether a kernel's name is a backend of MoBA, perhaps with " deterministic" behind."""
+    return name.partition(" ")[0] in MOBA
+
+
 def kernel(name: str, setting: Setting, length: int) -> Attention | None:
     """Causal attention of one document of `length` tokens by the kernel of that name; None where it is absent."""
-    if name in MOBA:
+    if is_moba(name):
+        backend, _, deterministic = name.partition(" ")
         seq, sizes = SequenceInfo([0, length]), {"block_size": setting.block_size, "top_k": setting.top_k}
         sample = torch.empty(0, 1, setting.head_dim, dtype=torch.bfloat16, device="cuda")
-        if name == "flash" and flash_library.refusal(sample) is not None:
+        if backend != "triton" and flash_library.refusal(sample) is not None:
             return None
-        return lambda q, k, v: moba_attention(q, k, v, seq, **sizes, backend=name)[0]
+        options = {"backend": backend, "deterministic": bool(deterministic)}
+        return lambda q, k, v: moba_attention(q, k, v, seq, **sizes, **options)[0]
     if name == "FlashAttention 4":
         return _flash_attention_4()
     backend = SDPBackend.CUDNN_ATTENTION if name == "cuDNN" else SDPBackend.FLASH_ATTENTION

@@ -3,14 +3,17 @@
     python benchmarks/bench_attention.py [--settings small ...] [--lengths 8192 ...] [--budget 420] [--out FOLDER]
 
 Every backend is first held to fp64 on a small case of its setting, and one that fails is not timed; these checks run
-side by side, which also compiles the kernels. `--budget` (seconds, checks included) takes repetitions away where time
-is short, never rows. A row that runs out of memory says so. Writes attention_<device>_<date>.csv, .md and .png.
+side by side, which also compiles the kernels. Rows of deterministic gradients come at `--deterministic` lengths, those
+of decoding and chunked prefill over `--serving` keys at the end. `--budget` (seconds, checks included) takes
+repetitions away where time is short, never rows. A row that runs out of memory says so. Writes
+attention_<device>_<date>.csv, .md and .png.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -23,7 +26,8 @@ from pathlib import Path
 
 import torch
 from attention_report import Row, line, write
-from attention_shapes import DENSE, MOBA, SETTINGS, Attention, K, Setting, error_of, inputs, kernel
+from attention_serving import serving
+from attention_shapes import DENSE, MOBA, SETTINGS, Attention, K, Setting, error_of, inputs, is_moba, kernel
 from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
@@ -38,7 +42,7 @@ def main() -> None:
     # Compiled kernels of FlashAttention 4 pass from the checks to the timing through its cache on disk.
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
     if options.check:
-        print(json.dumps(_check(*options.check.split(":"))))
+        print(json.dumps(_check(*options.check.split(":"), bool(options.deterministic))))
         return
     deadline = time.monotonic() + options.budget
     errors = _check_all(options)
@@ -50,11 +54,17 @@ def main() -> None:
     ]
     bench = Bench(options, errors, deadline, plan)
     rows: list[Row] = []
+    sections = [_errors_section(errors)]
     for name, length in plan:
         measured = bench.rows(name, length)
         print("\n".join(map(line, measured)), flush=True)
         rows += measured
         sections = [_errors_section(errors), *bench.sections()]
+        write(rows, sections, options.out)
+    for name in options.settings if options.serving else []:
+        served = serving(name, bench.moba[name], options.serving)
+        print(served, flush=True)
+        sections.append(served)
         write(rows, sections, options.out)
     print("\n\n".join(bench.sections()))
 
@@ -65,7 +75,7 @@ class Bench:
     def __init__(
         self, options: argparse.Namespace, errors: dict[str, float], deadline: float, plan: list[tuple[str, int]]
     ) -> None:
-        self.options, self.deadline = options, deadline
+        self.options, self.deadline, self.plan = options, deadline, plan
         self.moba = {
             name: [b for b in options.backends if errors.get(f"{name}:{b}", 99) <= _LIMIT] for name in SETTINGS
         }
@@ -87,7 +97,7 @@ class Bench:
         lean = [times[k][2] for k in DENSE if k in times and "Flash" in k and times[k][2] is not None]
         memory = min(lean, default=memory)
         for kernel_name, (forward_ms, both_ms, gib, count, note) in times.items():
-            moba = kernel_name in MOBA
+            moba = is_moba(kernel_name)
             rows.append(
                 Row(
                     name,
@@ -100,8 +110,8 @@ class Bench:
                     _ratio(forward, forward_ms),
                     _ratio(both, both_ms),
                     setting.ratio(length) if moba else None,
-                    setting.goals.get(length) if moba else None,
-                    setting.forward_goals.get(length) if moba else None,
+                    setting.goals.get(length) if kernel_name in MOBA else None,
+                    setting.forward_goals.get(length) if kernel_name in MOBA else None,
                     count,
                     note,
                 )
@@ -111,27 +121,40 @@ class Bench:
     def sections(self) -> list[str]:
         """Markdown after the table: rates of the kernels alone."""
         if not self.breakdowns:
-            return []
+            return self._choices()
         head = (
             f"## The attention kernels alone\n\nCopy bandwidth {self.copy_bandwidth / 1e12:.2f} TB/s (read and write). "
             "Device time of one forward and backward by kernel (profiler), ms.\n\n"
             "| setting | length | backend | forward TFLOP/s | backward TFLOP/s | of cuDNN's | pairs, TB/s | kernels |\n"
             "|---|---|---|---|---|---|---|---|\n"
         )
-        return [head + "\n".join(self.breakdowns)]
+        return [head + "\n".join(self.breakdowns), *self._choices()]
+
+    def _choices(self) -> list[str]:
+        lines = {}
+        for name, length in self.plan:
+            setting = SETTINGS[name]
+            times = [self.timed.get(self._key(name, length, k), (None, None))[:2] for k in ("triton", "flash")]
+            numbers = [ms for forward, both in times if both for ms in (forward, both - forward)]
+            if len(numbers) == 4 and setting.top_k * setting.block_size < length:
+                numbers_text = ", ".join(f"{ms:.1f}" for ms in numbers)
+                lines[setting.block_size, length] = f"    Measured({setting.block_size}, {length}, {numbers_text}),"
+        head = "## For moba_train/attention/choice.py\n\nForward and backward of triton, then of flash.\n\n```\n"
+        return [head + "\n".join(lines.values()) + "\n```"] if lines else []
 
     def _kernels(self, name: str, length: int) -> list[str]:
         dense = [k for k in self.options.dense if length <= self.options.dense_to]
-        return dense + [k for k in MOBA if k in self.moba[name]]
+        deterministic = [f"{k} deterministic" for k in ("triton", "flash") if length in self.options.deterministic]
+        return dense + [k for k in (*MOBA, *deterministic) if k.partition(" ")[0] in self.moba[name]]
 
     def _key(self, name: str, length: int, kernel_name: str) -> tuple:
         setting = SETTINGS[name]
-        return (kernel_name, length, *setting[: 5 if kernel_name in MOBA else 3])
+        return (kernel_name, length, *setting[: 5 if is_moba(kernel_name) else 3])
 
     def _guess(self, name: str, length: int, kernel_name: str) -> float:
         setting = SETTINGS[name]
-        pairs = setting.moba_pairs(length) if kernel_name in MOBA else setting.dense_pairs(length)
-        slow = 2.0 if kernel_name in (*MOBA, "FlashAttention 2") else 1.0
+        pairs = setting.moba_pairs(length) if is_moba(kernel_name) else setting.dense_pairs(length)
+        slow = 2.0 if is_moba(kernel_name) or kernel_name == "FlashAttention 2" else 1.0
         steps = 1 if self._forward_only(length, kernel_name) else 3.5
         return slow * steps * setting.flops(pairs, backward=False) / _TFLOPS
 
@@ -260,10 +283,14 @@ def _check_all(options: argparse.Namespace) -> dict[str, float]:
             f"{name}:FlashAttention 4" for name in {SETTINGS[name][:3]: name for name in options.settings}.values()
         ]
     start = time.monotonic()
-    running = {job: _process(job) for job in jobs}
+    running = {job: _process(job, options) for job in jobs}
     errors: dict[str, float] = {}
     for job, process in running.items():
-        output, _ = process.communicate(timeout=options.budget)
+        try:
+            output, _ = process.communicate(timeout=max(60.0, options.budget / 2))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            output, _ = process.communicate()
         if process.returncode == 0:
             found = json.loads(output.strip().splitlines()[-1])
         else:
@@ -278,17 +305,19 @@ def _check_all(options: argparse.Namespace) -> dict[str, float]:
     return errors
 
 
-def _process(job: str) -> subprocess.Popen:
-    command = [sys.executable, __file__, "--check", job]
+def _process(job: str, options: argparse.Namespace) -> subprocess.Popen:
+    command = [sys.executable, __file__, "--check", job, "--deterministic", *map(str, options.deterministic)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ)
 
 
-def _check(name: str, kernel_name: str) -> dict[str, float]:
+def _check(name: str, kernel_name: str, deterministic: bool) -> dict[str, float]:
     start, setting = time.monotonic(), SETTINGS[name]
     error = error_of(kernel_name, setting) if kernel_name in MOBA else 0.0
     if error <= _LIMIT:
-        for length in (max(8 * K, 2 * setting.block_size), 32 * K):
-            attend = kernel(kernel_name, setting, length)
+        both = deterministic and kernel_name in ("triton", "flash")
+        names = [kernel_name, f"{kernel_name} deterministic"] if both else [kernel_name]
+        for variant, length in itertools.product(names, (max(8 * K, 2 * setting.block_size), 32 * K)):
+            attend = kernel(variant, setting, length)
             if attend is not None:
                 q, k, v = inputs(length, setting)
                 attend(q, k, v).sum().backward()
@@ -332,6 +361,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--dense", nargs="*", choices=DENSE, default=list(DENSE))
     parser.add_argument("--dense-to", type=int, default=1 << 20, help="longest length at which dense kernels run")
     parser.add_argument("--break-down", nargs="*", type=int, default=[8 * K, 32 * K, 128 * K], help="profiled lengths")
+    parser.add_argument("--deterministic", nargs="*", type=int, default=[32 * K, 128 * K], help="lengths of its rows")
+    parser.add_argument("--serving", type=int, default=128 * K, help="keys of decoding and chunked prefill; 0: none")
     parser.add_argument("--budget", type=float, default=420, help="seconds in all, checks included")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--check", help=argparse.SUPPRESS)

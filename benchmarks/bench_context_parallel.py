@@ -18,15 +18,11 @@ Letters as in moba_train/context_parallel: t rows of a rank, S rows of all, H qu
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
 import itertools
 import logging
 import math
 import os
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -35,6 +31,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from context_parallel_report import HEADER, Row, line, series, write
 from torch import Tensor
 
 from moba_train.attention import SequenceInfo, full_attention, moba_attention
@@ -45,7 +42,6 @@ from moba_train.context_parallel.wrap import STRATEGIES, wrap
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if CUDA else torch.device("cpu")
 LAYOUTS = {"zigzag": zigzag, "balanced": balanced}
-GOAL = 0.92  # of the ideal
 K = 1024
 UNKNOWN_S = 20.0  # of a first run: kernels are compiled
 
@@ -62,21 +58,6 @@ class Variant(NamedTuple):
         return f"{self.strategy}{heads}"
 
 
-class Row(NamedTuple):
-    """One line of the scaling table; `one_ms` is one device's time for all rows."""
-
-    op: str
-    rows_in_all: int
-    devices: int
-    series: str
-    strategy: str
-    overlap: bool
-    ms: float
-    one_ms: float
-    ideal_ms: float
-    share: float
-
-
 class Bench:
     """Options, the results so far, and the time that is left, which all ranks see alike."""
 
@@ -85,6 +66,8 @@ class Bench:
         self.group = dist.group.WORLD
         self.rank, self.size = self.group.rank(), self.group.size()
         self.began = time.monotonic()
+        shape = f"{options.heads}/{options.key_heads} heads, head dim {options.head_dim}"
+        self.about = f"{shape}, {'bf16' if CUDA else 'fp32'}"
         self.sections: dict[str, list[str]] = {}
         self.rows: list[Row] = []
 
@@ -97,7 +80,7 @@ class Bench:
         self.sections.setdefault(section, []).append(line)
         if self.rank == 0:
             print(line, flush=True)
-            write(self)
+            write(self.rows, self.sections, self.about, self.options.out)
 
     def once(self, call: Callable[[], object], together: bool) -> float:
         """Seconds of one call; `together`: all ranks start at once, and the slowest counts."""
@@ -196,10 +179,8 @@ def scaling(bench: Bench) -> None:
         for heads in (options.gather_heads if strategy == "all_gather" else [None])
         for overlap in (True, False)
     ]
-    bench.say(
-        "scaling", "| op | rows in all | devices | series | strategy | overlap | ms | one device | ideal | of ideal |"
-    )
-    bench.say("scaling", "|---|---|---|---|---|---|---|---|---|---|")
+    for text in HEADER:
+        bench.say("scaling", text)
     one: dict[tuple[str, int], float] = {}
     seen: set[tuple[str, Variant]] = set()
     left_out: list[str] = []
@@ -246,22 +227,9 @@ def expected(one: dict[tuple[str, int], float], name: str, rows: int) -> float |
     return one[name, max(shorter)] * (rows / max(shorter)) ** (2 if name == "full" else 1.5)
 
 
-def series(length: int, size: int) -> str:
-    """What this row shows: the rows held a device, or in all."""
-    weak = f"weak {length // size // K}K" if length // size in (32 * K, 128 * K) else ""
-    strong = f"strong {length // K}K" if length in (128 * K, 512 * K) else ""
-    return ", ".join(filter(None, (weak, strong)))
-
-
 def add(bench: Bench, row: Row) -> None:
     bench.rows.append(row)
-    overlap = "" if row.devices == 1 else "yes" if row.overlap else "no"
-    share = "" if row.devices == 1 else f"{100 * row.share:.1f} %"
-    times = f"{row.ms:.2f} | {row.one_ms:.2f} | {row.ideal_ms:.2f}"
-    text = (
-        f"{row.op} | {row.rows_in_all} | {row.devices} | {row.series} | {row.strategy} | {overlap} | {times} | {share}"
-    )
-    bench.say("scaling", f"| {text} |")
+    bench.say("scaling", line(row))
 
 
 def plumbing(bench: Bench) -> None:
@@ -274,12 +242,11 @@ def plumbing(bench: Bench) -> None:
     for name in options.ops:
         op, settings = op_of(name)
         calls = [step(each, settings, options, rows, SequenceInfo([0, rows])) for each in (op, wrap(op, mine))]
-        times: list[list[float]] = [[], []]
-        for i in range(2 + 2 * options.repeats):
-            seconds = bench.once(calls[i % 2], together=True)
-            if i >= 2:
-                times[i % 2].append(1e3 * seconds)
-        bare, wrapped = map(statistics.median, times)
+        for call in calls:
+            first = max(bench.once(call, together=True), bench.once(call, together=True))  # compiles; then as usual
+        rounds = max(options.repeats, min(50, int(2 * options.seconds / first)))
+        times = [[1e3 * bench.once(call, together=True) for call in calls] for _ in range(rounds)]
+        bare, wrapped = map(statistics.median, zip(*times, strict=True))
         cost = f"{100 * (wrapped / bare - 1):+.2f} %"
         bench.say("plumbing", f"| {title(name)} | {rows} | {bare:.3f} | {wrapped:.3f} | {cost} |")
 
@@ -392,62 +359,6 @@ def peak_of(call: Callable[[], object]) -> tuple[int, object]:
 def synchronize() -> None:
     if CUDA:
         torch.cuda.synchronize()
-
-
-def write(bench: Bench) -> None:
-    """Everything found so far: the tables, and of scaling the CSV and the picture."""
-    options = bench.options
-    options.out.mkdir(parents=True, exist_ok=True)
-    device = torch.cuda.get_device_name() if CUDA else f"CPU ({platform.machine()}, {os.cpu_count()} cores)"
-    short = device.lower().replace("nvidia ", "").split()[0]
-    stem = options.out / f"context_parallel_{bench.size}x{short}_{datetime.date.today()}"
-    shape = f"{options.heads}/{options.key_heads} heads, head dim {options.head_dim}"
-    lines = [
-        f"# Context parallelism on {bench.size} x {device}, {datetime.date.today()}",
-        "",
-        f"torch {torch.__version__}, CUDA {torch.version.cuda}, Python {platform.python_version()}. {shape}, "
-        f"{'bf16' if CUDA else 'fp32'}, random inputs; forward and backward; wall-clock time of the slowest rank.",
-        "Ideal: one device's time for the same rows in all, over the number of devices.",
-        "",
-        f"Command: `{' '.join(sys.argv)}`",
-    ]
-    for section, text in bench.sections.items():
-        lines += ["", f"## {section.capitalize()}", "", *text]
-    stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
-    if not bench.rows:
-        return
-    with stem.with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(Row._fields)
-        writer.writerows(bench.rows)
-    if "end" in bench.sections:
-        draw(bench.rows, stem.with_suffix(".png"))
-
-
-def draw(rows: list[Row], path: Path) -> None:
-    """Share of the ideal over rows in all, one panel an op; dashed: without overlap."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    shared = [row for row in rows if row.devices > 1]
-    if not shared:
-        return
-    names, strategies = (list(dict.fromkeys(row[i] for row in shared)) for i in (0, 4))
-    figure, axes = pyplot.subplots(1, len(names), figsize=(5 * len(names), 4), squeeze=False, layout="constrained")
-    for axis, name in zip(axes[0], names, strict=True):
-        for (color, strategy), overlap in itertools.product(enumerate(strategies), (True, False)):
-            chosen = [r for r in shared if (r.op, r.strategy, r.overlap) == (name, strategy, overlap)]
-            points = sorted((row.rows_in_all, 100 * row.share) for row in chosen)
-            if points:
-                label = strategy if overlap else None
-                axis.semilogx(*zip(*points, strict=True), "o-" if overlap else "o--", color=f"C{color}", label=label)
-        axis.axhline(100 * GOAL, color="black", linewidth=0.8)
-        axis.set(title=name, xlabel="tokens in all", ylabel="% of the ideal")
-        axis.grid(True, alpha=0.3)
-    axes[0][0].legend()
-    figure.savefig(path, dpi=110)
 
 
 MODES: dict[str, Callable[[Bench], None]] = {

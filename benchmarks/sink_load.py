@@ -1,6 +1,7 @@
 """Why queries are not sent to the owners of blocks: the work of each context rank, had they been, by a model's picks.
 
     python benchmarks/sink_load.py --run runs/tiny-... --data data/stdlib --picture sink.png
+    python benchmarks/sink_load.py --run models/SmolLM2 --data data/smol --routing 64 4    what full layers would pick
 
 The first design of MoBA's authors sent every query to the ranks that hold its picked blocks (here: the r-th of c equal
 parts of the row to rank r). In this project a query's work stays where the query is, under a zigzag layout. Both are
@@ -33,12 +34,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", required=True, help="a run folder, a step folder or a Hugging Face folder")
     parser.add_argument("--data", required=True, help="a prepared folder of the model's tokens")
+    parser.add_argument(
+        "--routing",
+        type=int,
+        nargs=2,
+        metavar=("BLOCK_SIZE", "TOP_K"),
+        help="what every layer would pick, full ones too; otherwise, what the MoBA layers pick",
+    )
     parser.add_argument("--length", type=int, default=1024, help="tokens of a row")
     parser.add_argument("--documents", type=int, default=32)
     parser.add_argument("--ranks", type=int, nargs="+", default=[4, 8, 16])
     parser.add_argument("--picture", type=Path, help="draw the load of the largest number of ranks here")
     options = parser.parse_args()
-    calls = picks_of(options.run, options.data, options.length, options.documents)
+    routing = dict(zip(("block_size", "top_k"), options.routing, strict=True)) if options.routing else None
+    calls = picks_of(options.run, options.data, options.length, options.documents, routing)
     picked, chance = sink_share(calls)
     share = f"{picked:.0%} pick the first block, {chance:.0%} would by chance"
     print(f"{len(calls)} calls of attention; of their queries with a choice {share}")
@@ -50,8 +59,11 @@ def main() -> None:
             draw(options.picture, mean_load(sent), mean_load(stay))
 
 
-def picks_of(run: str, data: str, length: int, count: int) -> list[Call]:
-    """Every MoBA layer's picks on the first `length` tokens of validation documents."""
+def picks_of(run: str, data: str, length: int, count: int, routing: dict[str, int] | None) -> list[Call]:
+    """Every MoBA layer's picks (or, by `routing`, every layer's) on the first `length` tokens of validation documents.
+
+    Layers attend as the model says, either way.
+    """
     from moba_train.eval.documents import Documents
     from moba_train.eval.model import close, find_source, hidden_states, open_model
     from moba_train.eval.position_loss import documents_of_length
@@ -62,19 +74,20 @@ def picks_of(run: str, data: str, length: int, count: int) -> list[Call]:
     documents = Documents(data)
     source = find_source(run, [])
     documents.check_model(source.config.model.vocab_size, source.tokenizer)
-    chosen = documents_of_length(documents, length, count)
+    texts = documents_of_length(documents, length, count)
     model = open_model(source)
     found: list[Call] = []
 
     def watch(module: CoreAttention, q_THD: Tensor, k_TGD: Tensor, seq: SequenceInfo) -> None:
-        if module.layer.kind is LayerKind.MOBA:
-            picks_THK = select_blocks(q_THD, k_TGD, seq, **module.layer.routing)
-            found.append((picks_THK.cpu(), seq, module.layer.block_size))
+        if routing or module.layer.kind is LayerKind.MOBA:
+            chosen = routing or module.layer.routing
+            picks_THK = select_blocks(q_THD, k_TGD, seq, **chosen)
+            found.append((picks_THK.cpu(), seq, chosen["block_size"]))
 
     positions_T = torch.arange(length, device=model.device)
     rotary = rotary_table(positions_T, model.frequencies)
     with observed_by(watch, [model.gpt]):
-        for document in chosen:
+        for document in texts:
             params = RowParams(qkv_format="thd", sequence=SequenceInfo([0, length]), rotary=rotary)
             hidden_states(model, documents.read(document, length).to(model.device), positions_T, params)
     close()

@@ -1,15 +1,34 @@
-"""Fill uninitialised memory with poison for calls from moba_train.attention: an unwritten output cannot pass."""
+"""The longest files first; and uninitialised memory that is poison for calls from moba_train.attention."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+_LONGEST = (
+    "integration/test_parallel_training.py",
+    "integration/test_parallel_options.py",
+    "attention/test_kernels_interpreter.py",
+    "launch/",
+    "integration/",
+)
+_TESTS = Path(__file__).parent
 _POISONED = ("empty", "empty_like", "empty_strided")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whichever worker came last to a long file would keep the others waiting."""
+
+    def place(item: pytest.Item) -> int:
+        name = item.path.relative_to(_TESTS).as_posix()
+        return next((i for i, start in enumerate(_LONGEST) if name.startswith(start)), len(_LONGEST))
+
+    items.sort(key=place)
 
 
 def _poison(tensor: torch.Tensor) -> torch.Tensor:
@@ -29,6 +48,7 @@ def _poisoning(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
 
 @pytest.fixture(autouse=True, scope="session")
 def poison_uninitialised_memory() -> Iterator[None]:
+    """An unwritten output cannot pass."""
     with pytest.MonkeyPatch.context() as patch:
         for name in _POISONED:
             patch.setattr(torch, name, _poisoning(getattr(torch, name)))

@@ -15,7 +15,18 @@ from matplotlib.figure import Figure
 from experiments.common import overrides_block, provenance, table, verdict
 from moba_train.train.metrics import read_metrics
 
-__all__ = ["OWN", "Arm", "draw", "gap_closed", "mean_density", "mean_losses", "publish", "read_arm", "write_section"]
+__all__ = [
+    "OWN",
+    "Arm",
+    "draw",
+    "gap_closed",
+    "has_gap",
+    "mean_density",
+    "mean_losses",
+    "publish",
+    "read_arm",
+    "write_section",
+]
 
 GAP_BOUND = 0.9  # of the gap between no full layer and all, closed by half of them
 OWN = "own"  # name of the results of the model trained here
@@ -89,7 +100,14 @@ def mean_losses(arms: list[Arm]) -> dict[int, tuple[float, float]]:
 def gap_closed(losses: dict[int, tuple[float, float]], layers: int) -> float:
     """(loss of none - loss of `layers`) / (loss of none - loss of all); nan where there is no gap to close."""
     first, last = losses[min(losses)][0], losses[max(losses)][0]
-    return (first - losses[layers][0]) / (first - last) if first > last else math.nan
+    return (first - losses[layers][0]) / (first - last) if has_gap(losses) else math.nan
+
+
+def has_gap(losses: dict[int, tuple[float, float]]) -> bool:
+    """Whether all layers full are better than none, by more than twice the standard error where there are seeds."""
+    (first, error), (last, other) = losses[min(losses)], losses[max(losses)]
+    chance = 0.0 if math.isnan(error) else math.hypot(error, other)
+    return first - last > 2 * chance
 
 
 def mean_density(arms: list[Arm], layers: int) -> tuple[float, float]:
@@ -109,7 +127,11 @@ def write_section(arms: list[Arm], told: dict[str, Any], picture: str) -> str:
     by_density = sorted(losses, key=lambda layers: density[layers][0])
     explained = all(losses[b][0] <= losses[a][0] for a, b in itertools.pairwise(by_density))
     correlation = rank_correlation([density[n][0] for n in losses], [mean for mean, _ in losses.values()])
-    own = told["name"] == OWN
+    own, gap = told["name"] == OWN, has_gap(losses)
+
+    def judged(met: bool) -> str:
+        return verdict(met) if gap else "**cannot be told**"
+
     seeds, steps = len({arm.seed for arm in arms}), len(arms[0].losses)
     start = f"a model of {depth} layers pretrained here for {told['pretrain_steps']} steps" if own else told["name"]
     parts = [
@@ -123,24 +145,26 @@ def write_section(arms: list[Arm], told: dict[str, Any], picture: str) -> str:
                 "loss falls with every full layer added",
                 "; ".join(f"rises from {a} to {b} by {losses[b][0] - losses[a][0]:.4f}" for a, b in rises) or "yes",
                 "yes",
-                verdict(not rises),
+                judged(not rises),
             ],
             [
                 f"share of the gap closed by {half} of {depth} layers",
-                f"{closed:.2f}",
+                f"{closed:.2f}" if gap else "no gap",
                 f">= {GAP_BOUND}",
-                verdict(closed >= GAP_BOUND),
+                judged(closed >= GAP_BOUND),
             ],
             [
                 "gradient density explains the order: the more of it, direct, the lower the loss",
                 f"rank correlation {correlation:+.2f}",
                 "-1",
-                verdict(explained),
+                judged(explained),
             ],
         ),
+        _reading(arms, losses, own),
         table(
             [
                 "full layers at the end",
+                "training loss at the first step",
                 "validation loss, nats per loss token",
                 *(["standard error over seeds"] * (seeds > 1)),
                 "gap closed",
@@ -150,9 +174,10 @@ def write_section(arms: list[Arm], told: dict[str, Any], picture: str) -> str:
             *(
                 [
                     layers,
+                    f"{_first_loss(arms, layers):.4f}",
                     f"{mean:.4f}",
                     *([f"{error:.4f}"] * (seeds > 1)),
-                    f"{gap_closed(losses, layers):.2f}",
+                    f"{gap_closed(losses, layers):.2f}" if gap else "-",
                     *(f"{share:.1%}" for share in density[layers]),
                 ]
                 for layers, (mean, error) in losses.items()
@@ -162,6 +187,39 @@ def write_section(arms: list[Arm], told: dict[str, Any], picture: str) -> str:
         overrides_block(told["environment"]["setting"]),
     ]
     return "\n\n".join(parts)
+
+
+def _first_loss(arms: list[Arm], layers: int) -> float:
+    """Loss of the first batch, before any step, meaned over seeds."""
+    return statistics.fmean(arm.losses[0] for arm in arms if arm.layers == layers)
+
+
+def _reading(arms: list[Arm], losses: dict[int, tuple[float, float]], own: bool) -> str:
+    """What the numbers can say, and what they cannot."""
+    none, most = min(losses), max(losses)
+    before = _first_loss(arms, none), _first_loss(arms, most)
+    start = (
+        f"On the first batch, before any learning, the loss is {before[0]:.4f} with no full layer and {before[1]:.4f} "
+        "with all."
+    )
+    if not has_gap(losses):
+        (first, error), (last, other) = losses[none], losses[most]
+        chance = "" if math.isnan(error) else f", where the standard error of that is {math.hypot(error, other):.4f}"
+        return (
+            f"Between no full layer and all the loss falls by {first - last:.4f}{chance}: there is no gap that could "
+            f"be closed, and no order to explain. {start} A model that does not use far context, where the answers "
+            "stand, gains nothing from layers that reach it."
+        )
+    parts = [start]
+    if not own:
+        parts.append(
+            "A model that was pretrained with full attention alone has yet to get used to MoBA: what it lacks before "
+            "any learning is part of the gap, beside what few loss tokens teach it. The numbers do not tell the two "
+            "apart."
+        )
+    if len({arm.seed for arm in arms}) == 1:
+        parts.append("One seed: how much chance there is in a loss is not known.")
+    return " ".join(parts)
 
 
 def rank_correlation(xs: list[float], ys: list[float]) -> float:

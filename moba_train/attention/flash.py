@@ -5,8 +5,10 @@ rows that picked a block are gathered next to each other, in the order of a coun
 with its rows is a sequence without a mask. The rows come home by log-sum-exp. Backward calls the library's kernel per
 part with the rows' merged lse and delta, which makes the parts' gradients exact without a backward of the merge.
 
-Gathered rows are staged for a few key heads, or part of the queries of one, at a time. No size is asked of the device:
-bounds stay there, and what the host needs are upper bounds.
+Gathered rows are staged for a few key heads, or part of the query heads or tokens of one, at a time. No size is asked
+of the device: bounds stay there, and what the host needs are upper bounds.
+
+The `mixed` backend (mixed.py) is this one with the forward of the Triton kernels: both keep the same tensors.
 
 T query tokens, S held key rows, H query heads, G key heads, D head dim, N blocks, K picks, P room for pairs.
 """
@@ -24,34 +26,34 @@ from torch.autograd.function import once_differentiable
 from moba_train.attention import flash_library, varlen
 from moba_train.attention.kernels.backward import row_terms
 from moba_train.attention.kernels.gather import gather, merge_parts, sum_parts
+from moba_train.attention.kernels.moba import forward_inputs, moba_forward
 from moba_train.attention.kernels.routing import PairLists, route
 from moba_train.attention.sequence import SequenceInfo, copy_to
 from moba_train.attention.varlen import VarlenCall
 
 __all__ = ["full_attention", "moba_attention"]
 
-# Bytes staged at a time, in multiples of q's, so that MoBA needs no more than a dense backward's fp32 dq and dk, dv.
-_STAGING = 2.5
+# Bytes staged at a time, in multiples of q's, to need little more than a dense backward's fp32 dq, dk and dv.
+_STAGING = 3.0
 _STAGING_FLOOR = 256 * 2**20
 _MOST_ELEMENTS = 2**30  # of a staged tensor: far from what 32 bits count
 
 
 class _Group(NamedTuple):
-    """A few key heads as one after the other, and the ranges of queries that are staged at a time."""
+    """A few key heads as one after the other, and which (tokens, query heads) are staged at a time."""
 
     k: Tensor  # [size * S, 1, D]
     v: Tensor
     keys: Tensor  # int32: bounds of all heads' blocks
     key_heads: slice
-    heads: slice
     size: int
     num_blocks: int
-    ranges: list[slice]
+    pieces: list[tuple[slice, slice]]
 
-    def sizes(self, tokens: slice, block_size: int) -> dict[str, Any]:
+    def sizes(self, piece: tuple[slice, slice], block_size: int) -> dict[str, Any]:
         # A row picks a block once, so a list holds no more than the rows of its key head.
-        ratio = (self.heads.stop - self.heads.start) // self.size
-        return {"max_queries": (tokens.stop - tokens.start) * ratio, "max_keys": block_size, "causal": False}
+        tokens, heads = (part.stop - part.start for part in piece)
+        return {"max_queries": tokens * heads // self.size, "max_keys": block_size, "causal": False}
 
 
 def full_attention(
@@ -60,7 +62,7 @@ def full_attention(
     """Attention over all keys of the document at or before each query. Otherwise as `moba_attention`."""
     _check(q_THD, scale)
     calls = varlen.pack(varlen.dense_calls(seq, q_THD.device))
-    return _Flash.apply(q_THD, k_SGD, v_SGD, None, calls, None, 0, scale, _deterministic(deterministic))
+    return _Flash.apply(q_THD, k_SGD, v_SGD, None, calls, None, 0, scale, _deterministic(deterministic), None)
 
 
 def moba_attention(
@@ -73,11 +75,13 @@ def moba_attention(
     block_size: int,
     scale: float,
     deterministic: bool | None = None,
+    triton_forward: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Attention to the picked blocks -> out [T, H, D] and natural-log lse [T, H] (fp32), both differentiable.
 
     Args:
         deterministic: gradients bitwise equal from run to run; None asks `torch.use_deterministic_algorithms`.
+        triton_forward: the forward of the Triton kernels before this backward.
 
     Raises:
         ValueError: what FlashAttention 4 does not serve (device, dtype, head dim), a library that is not installed, or
@@ -94,7 +98,9 @@ def moba_attention(
         picks_THK = torch.where(known, picks_THK, -1)
     bounds = seq.once(("key bounds", block_size, q_THD.device), lambda: _key_bounds(seq, block_size, q_THD.device))
     longest = max(1, table.max_block)
-    return _Flash.apply(q_THD, k_SGD, v_SGD, picks_THK, calls, bounds, longest, scale, _deterministic(deterministic))
+    ahead = forward_inputs(seq, block_size, q_THD.device) if triton_forward else None
+    rest = (bounds, longest, scale, _deterministic(deterministic), ahead)
+    return _Flash.apply(q_THD, k_SGD, v_SGD, picks_THK, calls, *rest)
 
 
 class _Flash(torch.autograd.Function):
@@ -102,9 +108,13 @@ class _Flash(torch.autograd.Function):
     def forward(
         ctx: Any, q_THD: Tensor, k_SGD: Tensor, v_SGD: Tensor, picks_THK: Tensor | None, calls: Any, *rest: Any
     ) -> tuple[Tensor, Tensor]:
-        out_THD, lse_TH = _forward(q_THD, k_SGD, v_SGD, picks_THK, *calls, *rest[:-1])
+        *sizes, scale, deterministic, ahead = rest
+        if ahead is None:
+            out_THD, lse_TH = _forward(q_THD, k_SGD, v_SGD, picks_THK, *calls, *sizes, scale)
+        else:
+            out_THD, lse_TH = moba_forward(q_THD, k_SGD, v_SGD, picks_THK, *ahead, scale)
         ctx.save_for_backward(q_THD, k_SGD, v_SGD, out_THD, lse_TH, *(() if picks_THK is None else (picks_THK,)))
-        ctx.rest = (*calls, *rest)
+        ctx.rest = (*calls, *sizes, scale, deterministic)
         ctx.set_materialize_grads(False)
         return out_THD, lse_TH
 
@@ -113,12 +123,12 @@ class _Flash(torch.autograd.Function):
     def backward(ctx: Any, dout_THD: Tensor | None, dlse_TH: Tensor | None) -> tuple[Tensor | None, ...]:
         q_THD, k_SGD, v_SGD, out_THD, lse_TH, *picks = ctx.saved_tensors
         if dout_THD is None and dlse_TH is None:
-            return (None,) * 9
+            return (None,) * 10
         if dout_THD is None:
             dout_THD = torch.zeros_like(out_THD)
         picks_THK = picks[0] if picks else None
         grads = _backward(dout_THD, dlse_TH, q_THD, k_SGD, v_SGD, out_THD, lse_TH, picks_THK, *ctx.rest)
-        return *grads, None, None, None, None, None, None
+        return *grads, None, None, None, None, None, None, None
 
 
 @torch.library.custom_op("moba_train::flash_forward", mutates_args=())
@@ -153,12 +163,11 @@ def _forward(
         return out_THD, lse_TH
     assert key_bounds is not None
     for group in _groups(q_THD, picks_THK, k_SGD, v_SGD, key_bounds, rows_staged=2):
-        for tokens in group.ranges:
-            at = (tokens, group.heads)
+        for at in group.pieces:
             lists = route(picks_THK[at], group.size, group.num_blocks, places=True)
             (q_PD,) = gather(lists, picks_THK.shape[2], q_THD[at])
             parts_PHD, lses_HP = flash_library.forward(
-                q_PD[:, None], group.k, group.v, _queries(lists), group.keys, **group.sizes(tokens, block_size),
+                q_PD[:, None], group.k, group.v, _queries(lists), group.keys, **group.sizes(at, block_size),
                 scale=scale,
             )  # fmt: skip
             merge_parts(out_THD[at], lse_TH[at], parts_PHD[:, 0], lses_HP[0], lists)
@@ -210,17 +219,17 @@ def _backward(
         return dq_THD, dk_SGD, dv_SGD
     _, delta_TH = row_terms(dout_THD, dlse_TH, out_THD, lse_TH)
     assert key_bounds is not None
-    for group in _groups(q_THD, picks_THK, k_SGD, v_SGD, key_bounds, rows_staged=6):
+    for group in _groups(q_THD, picks_THK, k_SGD, v_SGD, key_bounds, rows_staged=4):
         totals = [grad_SGD[:, group.key_heads].float() for grad_SGD in (dk_SGD, dv_SGD)]
-        for tokens in group.ranges:
-            at = (tokens, group.heads)
+        for at in group.pieces:
             lists = route(picks_THK[at], group.size, group.num_blocks, deterministic=deterministic, places=True)
             rows = (tensor[at] for tensor in (q_THD, dout_THD, lse_TH, delta_TH))
             q_PD, dout_PD, lse_P, minus_delta_P = gather(lists, picks_THK.shape[2], *rows)
-            # With out = 0 the kernel's own rowsum(dout * out) - dlse is delta.
+            # With out = 0 the kernel's own rowsum(dout * out) - dlse is delta. It is done with q when dq is written.
+            no_out_PHD = q_PD.new_zeros(1, 1, q_PD.shape[1]).expand(q_PD.shape[0], -1, -1)
             dq_PHD, *grads = flash_library.backward(
-                dout_PD[:, None], minus_delta_P[None], q_PD[:, None], group.k, group.v, torch.zeros_like(q_PD)[:, None],
-                lse_P[None], _queries(lists), group.keys, **group.sizes(tokens, block_size), **options,
+                dout_PD[:, None], minus_delta_P[None], q_PD[:, None], group.k, group.v, no_out_PHD, lse_P[None],
+                _queries(lists), group.keys, **group.sizes(at, block_size), **options, dq_PHD=q_PD[:, None],
             )  # fmt: skip
             sum_parts(dq_THD[at], dq_PHD[:, 0], lists)
             for total_SGD, grad in zip(totals, grads, strict=True):
@@ -241,18 +250,18 @@ def _(
 def _groups(
     q_THD: Tensor, picks_THK: Tensor, k_SGD: Tensor, v_SGD: Tensor, key_bounds: Tensor, *, rows_staged: int
 ) -> Iterator[_Group]:
-    """Key heads and ranges of queries whose staged rows, `rows_staged` of q's rows for each pair, fit the budget."""
+    """Key heads, and the parts of their queries whose staged rows, `rows_staged` of q's rows a pair, fit the budget."""
     num_tokens, num_heads, head_dim = q_THD.shape
     num_keys, num_key_heads, _ = k_SGD.shape
     ratio = num_heads // num_key_heads
     row_bytes = q_THD.element_size() * head_dim
     budget = max(_STAGING_FLOOR, _STAGING * q_THD.numel() * q_THD.element_size())
     most_pairs = min(budget // (rows_staged * row_bytes + 32), _MOST_ELEMENTS // head_dim)
-    pairs = num_tokens * ratio * (picks_THK.shape[2] - 1)  # of a key head
-    size = max(1, min(num_key_heads, int(most_pairs // pairs)))
-    size = math.ceil(num_key_heads / math.ceil(num_key_heads / size))
-    step = math.ceil(num_tokens / math.ceil(pairs * size / most_pairs))
-    ranges = [slice(t, min(t + step, num_tokens)) for t in range(0, num_tokens, step)]
+    pairs = num_tokens * (picks_THK.shape[2] - 1)  # of a query head
+    size = _even(num_key_heads, most_pairs / (pairs * ratio))
+    # Part of the heads rather than of the tokens: the first tokens see few blocks, so few programs would work on them.
+    heads_step = size * ratio if size > 1 else _even(ratio, most_pairs / pairs)
+    tokens_step = _even(num_tokens, num_tokens * most_pairs / (pairs * heads_step))
     for first in range(0, num_key_heads, size):
         key_heads = slice(first, min(first + size, num_key_heads))
         count = key_heads.stop - first
@@ -261,8 +270,17 @@ def _groups(
         )
         starts = torch.arange(count, dtype=torch.int32, device=k.device)[:, None] * num_keys + key_bounds[:-1]
         keys = torch.cat([starts.flatten(), starts.new_full((1,), count * num_keys)])
-        heads = slice(first * ratio, key_heads.stop * ratio)
-        yield _Group(k, v, keys, key_heads, heads, count, key_bounds.shape[0] - 1, ranges)
+        pieces = [
+            (slice(t, min(t + tokens_step, num_tokens)), slice(h, min(h + heads_step, key_heads.stop * ratio)))
+            for h in range(first * ratio, key_heads.stop * ratio, heads_step)
+            for t in range(0, num_tokens, tokens_step)
+        ]
+        yield _Group(k, v, keys, key_heads, count, key_bounds.shape[0] - 1, pieces)
+
+
+def _even(total: int, most: float) -> int:
+    """The step of at most `most` (and at least 1) that cuts `total` into parts of about one size."""
+    return math.ceil(total / math.ceil(total / max(1, min(total, int(most)))))
 
 
 def _queries(lists: PairLists) -> Tensor:

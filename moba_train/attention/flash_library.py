@@ -17,26 +17,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["backward", "forward", "refusal", "version"]
+__all__ = ["backward", "forward", "refusal", "refusal_anywhere", "version"]
 
 _DTYPES = (torch.bfloat16, torch.float16)
+# 4.0.0b36 on Hopper lays fp32 dq (and dk, dv of grouped heads) out in rows of head dim rounded up to 16 and reads them
+# rounded up to 32: gradients of head dims such as 16 or 80 are wrong. Multiples of 32 agree.
+_HEAD_DIM_STEP = 32
+_MISSING = "needs FlashAttention 4, the package `flash-attn-4`, which cannot be imported"
 
 
 def refusal(q_THD: Tensor) -> str | None:
     """Why FlashAttention 4 does not serve these queries here, or None where it does."""
     if q_THD.device.type != "cuda":
         return f"needs a GPU, got tensors on {q_THD.device}"
-    if q_THD.dtype not in _DTYPES:
-        return f"computes in bf16 and fp16, got {q_THD.dtype}"
+    anywhere = refusal_anywhere(q_THD.dtype, q_THD.shape[2])
+    if anywhere is not None:
+        return anywhere
     major, _ = torch.cuda.get_device_capability(q_THD.device)
-    widest = 256 if major == 9 else 128
     if major not in (9, 10, 11):
         return "needs a Hopper or Blackwell GPU"
-    if q_THD.shape[2] % 8 or not 8 <= q_THD.shape[2] <= widest:
-        return f"takes head dims that are multiples of 8 up to {widest}, got {q_THD.shape[2]}"
-    if _interface() is None:
-        return "needs FlashAttention 4, the package `flash-attn-4`, which cannot be imported"
-    return None
+    if major > 9 and q_THD.shape[2] > 128:
+        return f"takes head dims up to 128 on this GPU, got {q_THD.shape[2]}"
+    return _MISSING if _interface() is None else None
+
+
+def refusal_anywhere(dtype: torch.dtype, head_dim: int) -> str | None:
+    """The part of `refusal` that needs no GPU to tell."""
+    if dtype not in _DTYPES:
+        return f"computes in bf16 and fp16, got {dtype}"
+    if head_dim % _HEAD_DIM_STEP or not 0 < head_dim <= 256:
+        return f"takes head dims that are multiples of {_HEAD_DIM_STEP} up to 256, got {head_dim}"
+    return _MISSING if importlib.util.find_spec("flash_attn") is None else None
 
 
 def version() -> str | None:
@@ -100,7 +111,10 @@ def backward(
     deterministic: bool,
     dq_PHD: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk and dv in the inputs' dtype. `out` and `lse` may be those of attention to more keys than these."""
+    """dq, dk and dv in the inputs' dtype. `out` and `lse` may be those of attention to more keys than these.
+
+    `dq_PHD`, where given, is filled in last: it may be q's own memory.
+    """
     return _interface()._flash_attn_bwd(
         q_PHD,
         k_SGD,

@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,23 +29,29 @@ _Attention = Callable[..., tuple[Tensor, Tensor]]
 
 _LOG = logging.getLogger(__name__)
 
-# op -> backend -> module. The function called is `module.op`, with the signatures of reference.py.
+# op -> backend -> module. The function called is `module.op`, with the signatures of reference.py. What FlashAttention
+# has no kernel for, Triton's serve under its name, so that a model is given one name.
 _BACKENDS: dict[str, dict[str, str]] = {
     "select_from_means": {
         "reference": "moba_train.attention.reference",
         "portable": "moba_train.attention.gate",
         "triton": "moba_train.attention.kernels.gate",
+        "flash": "moba_train.attention.kernels.gate",
+        "mixed": "moba_train.attention.kernels.gate",
     },
     "moba_attention": {
         "reference": "moba_train.attention.reference",
         "portable": "moba_train.attention.portable",
         "triton": "moba_train.attention.kernels.moba",
         "flash": "moba_train.attention.flash",
+        "mixed": "moba_train.attention.mixed",
     },
     "convolve_keys": {
         "reference": "moba_train.attention.reference",
         "portable": "moba_train.attention.key_conv",
         "triton": "moba_train.attention.kernels.key_conv",
+        "flash": "moba_train.attention.kernels.key_conv",
+        "mixed": "moba_train.attention.kernels.key_conv",
     },
     "full_attention": {
         "reference": "moba_train.attention.reference",
@@ -55,12 +62,13 @@ _BACKENDS: dict[str, dict[str, str]] = {
 }
 _AUTO: dict[str, dict[str, tuple[str, ...]]] = {
     "select_from_means": {"cpu": ("portable",), "cuda": ("triton", "portable")},
-    "moba_attention": {"cpu": ("portable",), "cuda": ("triton", "flash", "portable")},
+    "moba_attention": {"cpu": ("portable",), "cuda": ("triton", "flash", "mixed", "portable")},
     "convolve_keys": {"cpu": ("portable",), "cuda": ("triton", "portable")},
-    "full_attention": {"cpu": ("sdpa",), "cuda": ("flash", "sdpa", "reference")},
+    "full_attention": {"cpu": ("sdpa",), "cuda": ("flash", "sdpa", "triton", "reference")},
 }
 _SLOW_ON_GPU = ("reference", "portable")  # these alone compute fp64 there
-_NAMES = ("auto", "reference", "portable", "sdpa", "triton", "flash")
+_ATOMICS_ON_GPU = ("reference", "portable", "sdpa")  # their gradients may differ from run to run there
+_NAMES = ("auto", "reference", "portable", "sdpa", "triton", "flash", "mixed")
 _logged: set[tuple[str, str, torch.device, torch.dtype]] = set()
 
 
@@ -155,6 +163,7 @@ def moba_attention(
     share_picks_in_group: bool = False,
     picks: Tensor | None = None,
     backend: str = "auto",
+    deterministic: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Causal attention to the picked blocks -> out [T, H, D] and natural-log lse [T, H] (fp32; fp64 for fp64 inputs).
 
@@ -163,19 +172,20 @@ def moba_attention(
         force_first_block, force_previous_block, share_picks_in_group: how blocks are selected, as in `select_blocks`.
         picks: int32 [T, H, K] as `select_blocks` returns them, whatever the options above; default: selected here.
             Required with `k_positions`. A block twice in one row would count twice.
-        backend: "auto", "reference", "portable", "triton" or "flash".
+        backend: "auto", "reference", "portable", "triton", "flash" or "mixed" (triton forward, flash backward).
+        deterministic: gradients bitwise equal from run to run, at some cost; None asks
+            `torch.use_deterministic_algorithms`. On a GPU the kernels alone can.
 
     A query that sees no held key has out 0, lse -inf and zero gradient. Without `picks`, where top_k blocks cover every
     document this is full attention, and every backend but the reference may answer with that.
 
     Raises:
-        ValueError: mismatched inputs, `k_positions` without `picks`, or a backend that is not there.
+        ValueError: mismatched inputs, `k_positions` without `picks`, or a backend that is absent or not deterministic.
     """
     _check_inputs(q_THD, k_SGD, v_SGD, seq)
     _check_sizes(block_size, top_k, 1 + force_first_block + force_previous_block)
-    attend: _Attention = _function(
-        "moba_attention", backend, q_THD, first=choice.moba_backend(block_size, seq.max_document)
-    )
+    first = choice.moba_backend(block_size, seq.max_document)
+    attend = _attention("moba_attention", backend, q_THD, deterministic, first=first)
     if picks is None:
         if seq.k_positions is not None:
             raise ValueError(
@@ -183,8 +193,7 @@ def moba_attention(
                 "pass picks from select_from_means over the means of all blocks"
             )
         if top_k * block_size >= seq.max_document and backend != "reference":
-            return full_attention(q_THD, k_SGD, v_SGD, seq, softmax_scale=softmax_scale)
-        known = backend if backend in _BACKENDS["select_from_means"] else "auto"
+            return full_attention(q_THD, k_SGD, v_SGD, seq, softmax_scale=softmax_scale, deterministic=deterministic)
         picks = select_blocks(
             q_THD,
             k_SGD,
@@ -194,7 +203,7 @@ def moba_attention(
             force_first_block=force_first_block,
             force_previous_block=force_previous_block,
             share_picks_in_group=share_picks_in_group,
-            backend=known,
+            backend=backend,
         )
     expected = (*q_THD.shape[:2], top_k)
     if picks.shape != expected or picks.dtype != torch.int32 or picks.device != q_THD.device:
@@ -214,18 +223,20 @@ def full_attention(
     *,
     softmax_scale: float | None = None,
     backend: str = "auto",
+    deterministic: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Causal attention within each document -> out [T, H, D] and natural-log lse [T, H] (fp32; fp64 for fp64 inputs).
 
     Args:
         softmax_scale: default 1 / sqrt(D).
         backend: "auto", "reference", "sdpa", "flash" or "triton".
+        deterministic: as in `moba_attention`.
 
     Raises:
-        ValueError: mismatched inputs, or a backend that is not there.
+        ValueError: mismatched inputs, or a backend that is absent or not deterministic.
     """
     _check_inputs(q_THD, k_SGD, v_SGD, seq)
-    attend: _Attention = _function("full_attention", backend, q_THD)
+    attend = _attention("full_attention", backend, q_THD, deterministic)
     return attend(q_THD, k_SGD, v_SGD, seq, scale=_scale(softmax_scale, q_THD))
 
 
@@ -259,12 +270,37 @@ def convolve_keys(k_SGD: Tensor, weight_GDW: Tensor, seq: SequenceInfo, *, backe
     return convolve(k_SGD, weight_GDW, seq)
 
 
-def _function(op: str, backend: str, q_THD: Tensor, *, first: str | None = None) -> Callable[..., Any]:
-    """The function of the backend; under "auto" that of `first`, if it serves these queries."""
+def _attention(
+    op: str, backend: str, q_THD: Tensor, deterministic: bool | None, *, first: str | None = None
+) -> _Attention:
+    """The function of the backend; kernels are told whether to be deterministic, the others are refused on a GPU."""
+    on_gpu = q_THD.device.type != "cpu"
+    avoid = _ATOMICS_ON_GPU if deterministic and on_gpu else ()
+    name = _choose(op, backend, q_THD, first=first, avoid=avoid)
+    if name in avoid:
+        raise ValueError(
+            f"deterministic gradients of {op} on {q_THD.device} in {q_THD.dtype} come from backends triton and flash, "
+            f"not {name}"
+        )
+    attend: _Attention = _load(op, name)
+    return attend if name in _ATOMICS_ON_GPU else partial(attend, deterministic=deterministic)
+
+
+def _function(op: str, backend: str, q_THD: Tensor) -> Callable[..., Any]:
+    return _load(op, _choose(op, backend, q_THD))
+
+
+def _load(op: str, name: str) -> Callable[..., Any]:
+    return getattr(importlib.import_module(_BACKENDS[op][name]), op)
+
+
+def _choose(op: str, backend: str, q_THD: Tensor, *, first: str | None = None, avoid: tuple[str, ...] = ()) -> str:
+    """The backend's name; under "auto" `first`, if it serves these queries, else the first that does."""
     if backend == "auto":
         kind = "cpu" if q_THD.device.type == "cpu" else "cuda"
         any_dtype = kind == "cpu" or q_THD.dtype != torch.float64
         names = [n for n in _AUTO[op][kind] if (any_dtype or n in _SLOW_ON_GPU) and _serves(n, q_THD)]
+        names = [n for n in names if n not in avoid] or names
         name = first if first in names else names[0]
         _log_choice(op, name, q_THD)
     elif backend in _BACKENDS[op]:
@@ -273,11 +309,11 @@ def _function(op: str, backend: str, q_THD: Tensor, *, first: str | None = None)
         known = ", ".join(["auto", *_BACKENDS[op]])
         what = "does not serve" if backend in _NAMES else "is not a backend of"
         raise ValueError(f"backend {backend!r} {what} {op}; choose one of: {known}")
-    return getattr(importlib.import_module(_BACKENDS[op][name]), op)
+    return name
 
 
 def _serves(name: str, q_THD: Tensor) -> bool:
-    return name != "flash" or flash_library.refusal(q_THD) is None
+    return name not in ("flash", "mixed") or flash_library.refusal(q_THD) is None
 
 
 def _log_choice(op: str, name: str, q_THD: Tensor) -> None:

@@ -138,8 +138,9 @@ class AttentionConfig:
     force_previous_block: bool = False  # the block before a query's own is always picked, as one of top_k
     share_picks_in_group: bool = False  # the query heads of a key head pick together, by their mean query
     key_conv: int = 0  # width of a causal convolution on the keys of every layer (model/key_conv.py); 0: none
-    backend: str = "auto"  # of MoBA layers: auto | reference | portable | triton
-    full_backend: str = "auto"  # of full layers: auto | reference | sdpa | triton
+    backend: str = "auto"  # of MoBA layers: auto | reference | portable | triton | flash | mixed (attention/README.md)
+    full_backend: str = "auto"  # of full layers: auto | reference | sdpa | triton | flash
+    deterministic: bool = False  # attention's gradients bitwise equal from run to run on a GPU, at some cost
 
 
 @dataclass(frozen=True)
@@ -236,7 +237,7 @@ class MetricsConfig:
 
     log_every: int = 1
     position_buckets: int = 16  # of loss_by_position.png
-    gate_every: int = 0  # steps; 0: never. Keys gate/... and gradient_density/..., picture gate.png
+    gate_every: int = 0  # steps, and at the end; 0: never. Keys gate/... and gradient_density/..., picture gate.png
     gate_per_head: bool = False  # the same for every head
 
 

@@ -18,8 +18,8 @@ __all__ = ["data_parallel_size", "min_world_size", "padded_vocab_size", "validat
 _CHOICES = {
     "precision": ("fp32", "bf16", "fp8"),
     "model.transformer_impl": ("local", "transformer_engine"),
-    "attention.backend": ("auto", "reference", "portable", "triton"),
-    "attention.full_backend": ("auto", "reference", "sdpa", "triton"),
+    "attention.backend": ("auto", "reference", "portable", "triton", "flash", "mixed"),
+    "attention.full_backend": ("auto", "reference", "sdpa", "triton", "flash"),
     "parallel.context_layout": ("zigzag", "balanced", "contiguous"),
     "parallel.context_strategy": ("all_gather", "all_to_all", "ring"),
     "parallel.full_context_strategy": (None, "all_gather", "all_to_all", "ring"),

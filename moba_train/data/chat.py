@@ -54,7 +54,8 @@ class Conversation:
 
 def chat_files(given: str, key: str) -> list[Path]:
     """The JSONL and Parquet files of a file, folder or glob; ConfigError (about `key`) where there are none."""
-    files = find_files([given], (*JSONL_SUFFIXES, *PARQUET_SUFFIXES), key)
+    hint = "; those of recipe sft_tiny are made by: make sft"
+    files = find_files([given], (*JSONL_SUFFIXES, *PARQUET_SUFFIXES), key, hint)
     for file in files:
         if file.suffix.lower() not in (*JSONL_SUFFIXES, *PARQUET_SUFFIXES):
             raise ConfigError(key, str(file), "neither .jsonl nor .parquet; convert it to JSON lines")

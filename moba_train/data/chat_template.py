@@ -201,7 +201,10 @@ def _check_for_built_in(conversation: Conversation) -> None:
 
 def _load(folder: str) -> Any:
     if not Path(folder).is_dir():
-        remedy = "no such folder; name a pretrained folder, or the tokenizer/ of a prepared one"
+        remedy = (
+            "no such folder; name a pretrained folder, or the tokenizer/ of a prepared one; that of recipe sft_tiny is "
+            "made, with its rows, by: make sft"
+        )
         raise ConfigError("sft.tokenizer", folder, remedy)
     from transformers import AutoTokenizer  # takes seconds to import
 

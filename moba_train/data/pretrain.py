@@ -31,7 +31,7 @@ from moba_train.data.batch import Batch
 from moba_train.data.info import DatasetInfo, dataset_info
 from moba_train.data.length_buckets import describe_buckets, times_of_documents
 from moba_train.data.packing import pack_row
-from moba_train.data.validate import weighted_folders
+from moba_train.data.validate import content_hash, weighted_folders
 
 __all__ = ["PretrainData", "TrainRows", "ValidRows", "build_datasets"]
 
@@ -40,10 +40,11 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PretrainData:
-    """Rows to train on and rows to validate on."""
+    """Rows to train on and rows to validate on. content: `content_hash` of what is trained on."""
 
     train: TrainRows
     valid: ValidRows
+    content: str
 
 
 def build_datasets(
@@ -73,6 +74,7 @@ def build_datasets(
     return PretrainData(
         train=TrainRows(folders, passes, data.seed, *order),
         valid=ValidRows([row for part in valid for row in part.rows], valid_samples),
+        content=content_hash(data),
     )
 
 

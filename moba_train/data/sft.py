@@ -12,6 +12,7 @@ Letters: S tokens of a context.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,11 +37,12 @@ _VALID_FRACTION = 0.05
 
 @dataclass(frozen=True)
 class SftData:
-    """Rows to train on, rows to validate on, and what made tokens of them."""
+    """Rows to train on, rows to validate on, and what made tokens of them. content: a hash of what is trained on."""
 
     train: SftRows
     valid: SftRows
     tokenizer: ChatTokenizer
+    content: str
 
 
 class SftRows:
@@ -84,6 +86,12 @@ class _Split:
         """Places that each row takes: its last token is a label only."""
         return self.counts - 1
 
+    @property
+    def content(self) -> str:
+        """Hash of the rows as the template writes them, in order, and of how much of each is taken."""
+        parts = (self.rows.table["hash"][self.chosen], self.counts)
+        return hashlib.sha256(b"".join(part.astype("<u8").tobytes() for part in parts)).hexdigest()
+
     def document(self, item: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens (int64 [n]) and the weight of each as a label (float32 [n])."""
         row, count = int(self.chosen[item]), int(self.counts[item])
@@ -106,14 +114,14 @@ class _Split:
         _LOG.info("%s: packing %s makes %s, %.1f %% of them text", self.name, packing, contexts, share)
 
 
-def check_sft(config: SftConfig, data: DataConfig, vocab_size: int, sequence_length: int, timeout_s: float) -> None:
+def check_sft(config: SftConfig, data: DataConfig, vocab_size: int, sequence_length: int, timeout_s: float) -> str:
     """ConfigError for the first thing that keeps the chat rows from being trained on; tokenises them on the way.
 
-    Needs no process group: rank 0 tokenises, the others wait for its cache.
+    Returns `SftData.content`. Needs no process group: rank 0 tokenises, the others wait for its cache.
     """
     if not 0 <= data.seed < 2**31:
         raise ConfigError("data.seed", data.seed, f"must lie between 0 and {2**31 - 1}")
-    _splits(config, data, vocab_size, sequence_length, timeout_s)
+    return _splits(config, data, vocab_size, sequence_length, timeout_s)[1].content
 
 
 def build_sft(
@@ -149,6 +157,7 @@ def build_sft(
         train=SftRows(train, bins[:train_samples], train_samples),
         valid=SftRows(valid, spread, valid_samples),
         tokenizer=tokenizer,
+        content=train.content,
     )
 
 

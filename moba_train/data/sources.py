@@ -120,11 +120,11 @@ def parquet_rows(file: Path, key: str = "--input", column: str | None = None) ->
         raise ConfigError(key, str(file), f"not a readable Parquet file ({error})") from error
 
 
-def find_files(inputs: Sequence[str], suffixes: Sequence[str] = (), key: str = "--input") -> list[Path]:
+def find_files(inputs: Sequence[str], suffixes: Sequence[str] = (), key: str = "--input", hint: str = "") -> list[Path]:
     """The files of each input in turn: a file, a folder (all below it, hidden ones left out) or a glob, sorted by path.
 
     `suffixes` (".py") filters what folders and globs give; none: every file. A file found twice is taken once.
-    Raises ConfigError (about `key`) for an input without files.
+    Raises ConfigError (about `key`, ending in `hint`) for an input without files.
     """
     endings = tuple(s if s.startswith(".") else f".{s}" for s in suffixes)
     found: dict[Path, None] = {}
@@ -138,7 +138,7 @@ def find_files(inputs: Sequence[str], suffixes: Sequence[str] = (), key: str = "
             files = [f for f in files if not endings or f.name.endswith(endings)]
         if not files:
             ending = f" ending in {' or '.join(endings)}" if endings else ""
-            raise ConfigError(key, given, f"no file{ending} found; give a file, a folder or a quoted glob")
+            raise ConfigError(key, given, f"no file{ending} found; give a file, a folder or a quoted glob{hint}")
         found.update(dict.fromkeys(f.resolve() for f in files))
     return list(found)
 

@@ -5,6 +5,7 @@ Every finding is a ConfigError with the key, the value and the remedy; a damaged
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from pathlib import Path
@@ -16,7 +17,7 @@ from moba_train.config.schema import ConfigError, DataConfig
 from moba_train.data.info import DatasetInfo, dataset_info
 from moba_train.data.length_buckets import parsed_buckets, times_of_documents
 
-__all__ = ["check_data", "check_split_files", "dataset_info", "weighted_folders"]
+__all__ = ["check_data", "check_split_files", "content_hash", "dataset_info", "weighted_folders"]
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER_BYTES = 34  # magic 9, version 8, dtype code 1, sequences 8, document bounds 8
@@ -40,6 +41,16 @@ def weighted_folders(data: DataConfig) -> list[tuple[Path, float]]:
             raise ConfigError(f"data.blend.{folder}", weight, "a weight must be above 0; leave the folder out instead")
     total = sum(data.blend.values())
     return [(Path(folder).resolve(), weight / total) for folder, weight in data.blend.items()]
+
+
+def content_hash(data: DataConfig) -> str:
+    """What is trained on, wherever it lies: a hash of the tokens, tokenizer and weight of each folder in turn,
+    and of how often documents of which length come."""
+    parts = [(dataset_info(folder), weight) for folder, weight in weighted_folders(data)]
+    told: list[Any] = [(info.train.sha256, info.tokenizer_sha256, weight) for info, weight in parts]
+    if data.length_buckets is not None:
+        told.append(parsed_buckets(data.length_buckets))
+    return hashlib.sha256(repr(told).encode()).hexdigest()
 
 
 def check_data(data: DataConfig, vocab_size: int, sequence_length: int | None = None) -> None:

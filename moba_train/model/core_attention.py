@@ -63,6 +63,7 @@ class CoreAttention(MegatronModule):
         *,
         layer: LayerAttention,
         backends: dict[LayerKind, str],
+        deterministic: bool,
         strategies: dict[LayerKind, str],
         layout: LayoutRule,
         gather_heads: int | None,
@@ -76,6 +77,7 @@ class CoreAttention(MegatronModule):
         self.layer_number = layer_number
         self.layer = layer
         self.backends = backends
+        self.deterministic = True if deterministic else None  # None: as torch's own switch says
         self.softmax_scale = softmax_scale
         self.observer: Observer | None = None
         # megatron-core has groups by level, neighbours first, but forgets to forget those of a mesh it destroyed.
@@ -113,7 +115,11 @@ class CoreAttention(MegatronModule):
         k_SGD = rotate(key, *packed_seq_params.rotary)
         if self.observer is not None:
             self.observer(self, q_THD, k_SGD, packed_seq_params.sequence)
-        options: dict[str, Any] = {"softmax_scale": self.softmax_scale, "backend": self.backends[self.layer.kind]}
+        options: dict[str, Any] = {
+            "softmax_scale": self.softmax_scale,
+            "backend": self.backends[self.layer.kind],
+            "deterministic": self.deterministic,
+        }
         if self.layer.kind is LayerKind.MOBA:
             options |= self.layer.routing
         if cache is not None:

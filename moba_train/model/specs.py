@@ -69,6 +69,7 @@ def _layer_spec(config: RunConfig, layer: LayerAttention) -> ModuleSpec:
         params={
             "layer": layer,
             "backends": {LayerKind.MOBA: config.attention.backend, LayerKind.FULL: config.attention.full_backend},
+            "deterministic": config.attention.deterministic,
             "strategies": {
                 LayerKind.MOBA: config.parallel.context_strategy,
                 LayerKind.FULL: config.parallel.full_context_strategy or config.parallel.context_strategy,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import queue
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint import FileSystemReader
@@ -32,6 +34,7 @@ from moba_train.train.checkpoint_folder import (
     begins_stage,
     complete_checkpoints,
     corrupt,
+    data_key,
     find_start,
     key_conv_width,
     loads_weights_only,
@@ -67,6 +70,8 @@ def save(run: Run) -> Path:
     state = _sharded_state(run, loading=False)
     # megatron-core 0.19 would otherwise ask for nvidia-resiliency-ext.
     newer = "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
+    # This process waits for its files. megatron-core would tell it of them through a server that imports torch anew.
+    filesystem_async._results_queue = queue.Queue()
     with signals_held():
         dist_checkpointing.save(state, str(partial), **({"async_strategy": "mcore"} if newer else {}))
     dist.barrier()
@@ -83,6 +88,7 @@ def save(run: Run) -> Path:
             world_size=run.groups.world_size,
             manifest=manifest,
             rope=describe_rope(run.config.model, run.config.train.sequence_length),
+            content=run.data.content,
         )
         write_metadata(partial, metadata)
         if final.exists():  # the same step saved before: out of the way first, removed last
@@ -119,10 +125,14 @@ def restore(run: Run) -> bool:
         return True
     run.optimizer.load_state_dict(state["optimizer"])
     run.scheduler.load_state_dict(state["scheduler"])
-    if not begins_stage(run.config, path, metadata, run.stage.start):
+    begins = begins_stage(run.config, path, metadata, run.stage.start)
+    if not begins:
         run.loader.load_state_dict(metadata.data)
     run.step, run.tokens = metadata.step, metadata.tokens
     _tell_other_plan(run.config, metadata)
+    if not begins and metadata.content not in ("", run.data.content):
+        told = "%s gives other data than the checkpoint was trained on; training goes on at their sample %d."
+        _LOG.info(told, data_key(run.config)[0], metadata.data["consumed_samples"])
     if "random" in state:
         load_random_state(state["random"])
     elif dist.get_rank() == 0:

@@ -24,9 +24,11 @@ __all__ = [
     "Metadata",
     "begins_stage",
     "check",
+    "check_content",
     "check_files",
     "complete_checkpoints",
     "corrupt",
+    "data_key",
     "find_start",
     "is_own",
     "key_conv_width",
@@ -80,6 +82,7 @@ class Metadata:
     world_size: int
     manifest: dict[str, list[int]]
     rope: str = ""  # the effective base and scale, as the log says them
+    content: str = ""  # hash of what it was trained on; empty: not known
     weights_only: bool = False  # no optimizer, schedule or data position: a converted checkpoint
 
 
@@ -145,6 +148,37 @@ def check(config: RunConfig, stage_start: int = 0) -> None:
                 ours,
                 f"the checkpoint {path} has {theirs}; choose the same model, or another checkpoint",
             )
+
+
+def check_content(config: RunConfig, content: str, stage_start: int = 0) -> None:
+    """Refuse to resume a run on other data, or in another order of them, than it began with: `content` is their hash.
+
+    Another run may go on from the checkpoint with data of its own; `restore` says so then.
+    """
+    path = find_start(config)
+    if path is None or not is_own(config, path):
+        return
+    metadata = read_metadata(path)
+    if begins_stage(config, path, metadata, stage_start):
+        return
+    remedy = f"or go on in another run.dir with checkpoint.load={path}"
+    seed = metadata.config["data"]["seed"]
+    if seed != config.data.seed:
+        what = f"the checkpoint {path} has a position in the order of data.seed={seed}; use that"
+        raise ConfigError("data.seed", config.data.seed, f"{what}, {remedy}")
+    if metadata.content not in ("", content):
+        key, value = data_key(config)
+        what = f"what it gives to train on is not what it was at the checkpoint {path}; bring that back"
+        raise ConfigError(key, value, f"{what}, {remedy}")
+
+
+def data_key(config: RunConfig) -> tuple[str, Any]:
+    """The key that says what the run trains on, and its value."""
+    if config.sft.path is not None:
+        return "sft.path", config.sft.path
+    if config.data.path is not None:
+        return "data.path", config.data.path
+    return "data.blend", config.data.blend
 
 
 def _check_padding(config: RunConfig, path: Path, metadata: Metadata) -> None:

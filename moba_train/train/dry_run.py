@@ -34,11 +34,11 @@ def _print_stage(stage: Stage, world_size: int) -> None:
     attention = planned(config).attention
     phases = plan_phases(attention, model.num_layers)
     ends = [*(start for start, _ in phases[1:]), steps]
-    costs = [training_flops(model, plan, [length]) / length for _, plan in phases]
+    costs = [training_flops(model, plan, [length], attention.key_conv) / length for _, plan in phases]
     shares = [(end - start) / steps for (start, _), end in zip(phases, ends, strict=True)]
     flops = sum(cost * share for cost, share in zip(costs, shares, strict=True))
     full = tuple(dataclasses.replace(layer, kind=LayerKind.FULL) for layer in phases[0][1])
-    dense = training_flops(model, full, [length]) / length
+    dense = training_flops(model, full, [length], attention.key_conv) / length
     tokens = train.global_batch_size * length
 
     which = f", stage {stage.name}: steps {stage.start + 1} to {stage.end}" if stage.name else ""
@@ -57,7 +57,7 @@ def _print_stage(stage: Stage, world_size: int) -> None:
             ("micro-batches per step and rank", train.global_batch_size // dp),
             ("tokens per step", tokens),
             ("tokens in all", tokens * steps),
-            ("parameters", parameter_count(model, config.attention.key_conv)),
+            ("parameters", parameter_count(model, attention.key_conv)),
             ("FLOPs per token, forward and backward", f"{flops:.4g}" + (", mean over training" if ends[1:] else "")),
             ("  of these in matrix products", f"{3 * matmul_flops_per_token(model):.4g}"),
             ("  if every layer were full", f"{dense:.4g} ({dense / flops:.2f} x)"),

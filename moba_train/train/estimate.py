@@ -15,8 +15,7 @@ __all__ = ["memory_gib", "parameter_count"]
 
 def parameter_count(model: ModelConfig, key_conv: int = 0) -> int:
     """Parameters of the whole model, tied embeddings once, with key convolutions of this width."""
-    layer = _layer_parameters(model) + key_conv * model.num_key_value_heads * model.head_dim
-    return model.num_layers * layer + _embedding_parameters(model) + model.hidden_size
+    return model.num_layers * _layer_parameters(model, key_conv) + _embedding_parameters(model) + model.hidden_size
 
 
 def memory_gib(config: RunConfig, world_size: int) -> dict[str, float]:
@@ -35,15 +34,17 @@ def _stage_bytes(config: RunConfig, world_size: int, last: bool) -> dict[str, fl
     stage_layers = model.num_layers // parallel.pipeline
     whole = parallel.pipeline == 1  # one stage that is first and last
     embedding = model.vocab_size * model.hidden_size * (2 if whole and not model.tie_embeddings else 1)
-    parameters = (stage_layers * _layer_parameters(model) + embedding) / parallel.tensor
+    key_conv = config.attention.key_conv
+    parameters = (stage_layers * _layer_parameters(model, key_conv) + embedding) / parallel.tensor
     tokens = train.sequence_length / parallel.context
 
-    # A token in a layer: residual stream twice, both norms; q, k, v, rotated q and k, out; gate, up and their product.
+    # A token in a layer: residual stream twice, both norms; q, k, v, rotated q and k, out; gate, up and their product;
+    # with a key convolution, k before it.
     hidden = model.hidden_size / (parallel.tensor if parallel.sequence else 1)
     q = model.num_attention_heads * model.head_dim / parallel.tensor
     kv = model.num_key_value_heads * model.head_dim / parallel.tensor
     mlp = 0 if parallel.recompute == "selective" else 3 * model.ffn_hidden_size / parallel.tensor
-    whole_layer = 4 * hidden + 3 * q + 3 * kv + mlp
+    whole_layer = 4 * hidden + 3 * q + (4 if key_conv else 3) * kv + mlp
     # Micro-batches whose activations wait for their backward: the warm-up of (interleaved) 1F1B (arXiv 2205.05198).
     stages, virtual = parallel.pipeline, parallel.virtual_pipeline
     waiting = stages - (stages - 1) / virtual if last else stages + ((stages - 1) / virtual if virtual > 1 else 0)
@@ -102,11 +103,12 @@ def _context_bytes(config: RunConfig, width: int) -> int:
     )
 
 
-def _layer_parameters(model: ModelConfig) -> int:
+def _layer_parameters(model: ModelConfig, key_conv: int) -> int:
     heads = 2 * model.num_attention_heads + 2 * model.num_key_value_heads
     norms = 2 * model.hidden_size + (2 * model.head_dim if model.qk_norm else 0)
     biases = (model.num_attention_heads + 2 * model.num_key_value_heads) * model.head_dim if model.qkv_bias else 0
-    return model.hidden_size * heads * model.head_dim + 3 * model.hidden_size * model.ffn_hidden_size + norms + biases
+    matrices = model.hidden_size * heads * model.head_dim + 3 * model.hidden_size * model.ffn_hidden_size
+    return matrices + norms + biases + key_conv * model.num_key_value_heads * model.head_dim
 
 
 def _embedding_parameters(model: ModelConfig) -> int:

@@ -3,7 +3,8 @@
 A MoBA layer is charged for the query-key pairs it computes (own block causal, picked earlier blocks whole) and for its
 gate; a full layer for all causal pairs. One multiply-add is two operations; backward counts twice forward,
 recomputation not at all (model FLOPs, PaLM, arXiv 2204.02311, appendix B). The gate has no backward. All counts are for
-whole rows, over all ranks. Norms, rotary embedding and the key convolution, below a ten-thousandth, are left out.
+whole rows, over all ranks. Norms, activation functions and rotary
+embedding, about one part in hidden_size, are left out.
 """
 
 from __future__ import annotations
@@ -45,13 +46,21 @@ def matmul_flops_per_token(model: ModelConfig) -> int:
     return 2 * (model.num_layers * layer + model.hidden_size * model.vocab_size)
 
 
-def training_flops(model: ModelConfig, plan: tuple[LayerAttention, ...], lengths: Iterable[int]) -> int:
-    """Forward and backward operations of documents of these lengths through the whole model."""
+def training_flops(
+    model: ModelConfig, plan: tuple[LayerAttention, ...], lengths: Iterable[int], key_conv: int = 0
+) -> int:
+    """Forward and backward operations of documents of these lengths through the whole model.
+
+    key_conv: width of the key convolution of every layer; what it mixes across a document's edge, at most width - 1
+    rows, is not subtracted.
+    """
     width = model.num_attention_heads * model.head_dim
+    convolutions = model.num_layers * 2 * key_conv * model.num_key_value_heads * model.head_dim
+    per_token = 3 * (matmul_flops_per_token(model) + convolutions)
     total = 0
     layers = Counter(plan).items()
     for length, documents in Counter(lengths).items():
-        each = 3 * matmul_flops_per_token(model) * length
+        each = per_token * length
         for layer, count in layers:
             gates = model.num_key_value_heads if layer.share_picks_in_group else model.num_attention_heads
             each += count * 3 * 4 * width * attention_pairs(layer, length)

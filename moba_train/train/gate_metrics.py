@@ -1,6 +1,7 @@
 """What the gate does, per layer and head: numbers for metrics.jsonl, the same on every layout, and what they mean.
 
-Measured every `metrics.gate_every` steps on the first validation rows, one a data rank, in a forward pass of its own.
+Measured every `metrics.gate_every` steps and at the end, on the first validation rows, one a data rank, in a forward
+pass of its own.
 Only queries with a choice count: more earlier blocks than picks for them. Only picks of earlier blocks count: the own
 block is no choice. Lists have an entry per layer, from 0: None in full layers, and where there was nothing to count.
 

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import signal
+import statistics
 import time
 from typing import Any
 
@@ -99,7 +100,7 @@ def _train(run: Run, stop: _StopSignal) -> bool:
     try:
         if first:
             _announce(run, metrics)
-        validated = saved = -1
+        validated = saved = looked = -1
         told_plan = ""
         stopped = False
         while run.step < last and not stopped:
@@ -127,6 +128,7 @@ def _train(run: Run, stop: _StopSignal) -> bool:
             every = config.metrics.gate_every
             if every and run.step % every == 0:
                 metrics.write(gate_record(run))
+                looked = run.step
             every = config.checkpoint.save_every
             if every and run.step % every == 0:
                 checkpoint.save(run)
@@ -140,6 +142,8 @@ def _train(run: Run, stop: _StopSignal) -> bool:
             metrics.say(f"Step {run.step} of train.steps={config.train.steps} is done already; raise it to go on.")
         elif validated != run.step and not stopped:
             _validate(run, metrics)
+        if config.metrics.gate_every and looked != run.step and not stopped:  # also where all steps were done already
+            metrics.write(gate_record(run))
     finally:
         metrics.close()
     if first and not stopped:
@@ -217,6 +221,16 @@ def _announce(run: Run, metrics: Metrics) -> None:
         metrics.say(f"going on from step {run.step}")
 
 
+def _gate_share(every: int, records: list[dict[str, Any]], step_tokens: int) -> list[tuple[str, Any]]:
+    """Of what a run says at its end, what looking at the gate costs. Medians: the first look and step build kernels."""
+    looks = [r["gate/seconds"] for r in records if "gate/seconds" in r]
+    steps = [step_tokens / r["tokens_per_second"] for r in records if "tokens_per_second" in r]
+    if not (looks and steps and every):
+        return []
+    share = statistics.median(looks) / (every * statistics.median(steps))
+    return [(f"gate metrics every {every} steps, share of training time", f"{share:.2%}")]
+
+
 def _summarise(run: Run, clock: _Clock) -> None:
     from moba_train.train.report import draw  # matplotlib takes a second to import
 
@@ -242,6 +256,7 @@ def _summarise(run: Run, clock: _Clock) -> None:
         ("training time, s", clock.seconds),
         ("tokens per second", step_tokens * clock.steps / max(clock.seconds, 1e-9)),
         ("MFU", f"{clock.mfu(run.groups.world_size):.1%}"),
+        *_gate_share(config.metrics.gate_every, records, step_tokens),
         ("peak memory, GiB", devices.peak_memory_gib()),
     ]
     print_table(f"{config.recipe}{run.stage.name and f', stage {run.stage.name}'} finished", rows)

@@ -3,7 +3,7 @@
 Keys of metrics.jsonl: step, loss, validation_loss, validation_loss_by_position, validation_length, grad_norm,
 learning_rate, tokens, tokens_per_second, tflops_per_gpu, mfu, memory_gib, and layer_plan on the first step (also after
 a resume) and on the first step of every other plan; stage likewise in a run with stages. Every metrics.gate_every
-steps gate/... and gradient_density/... (gate_metrics.py).
+steps, and at the end, gate/... and gradient_density/... (gate_metrics.py).
 """
 
 from __future__ import annotations

@@ -21,13 +21,14 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from moba_train import device as devices
+from moba_train.attention import flash_library
 from moba_train.config.schema import ConfigError, RunConfig
 from moba_train.config.stages import Stage, stages_of
 from moba_train.config.validate import min_world_size, validate
 from moba_train.data.loader import Loader
 from moba_train.data.pretrain import PretrainData, build_datasets
 from moba_train.data.sft import RUN_TOKENIZER, SftData, build_sft, check_sft
-from moba_train.data.validate import check_data
+from moba_train.data.validate import check_data, content_hash
 from moba_train.model.build import build_model
 from moba_train.model.layer_plan import plan_phases
 from moba_train.model.rope import Frequencies, inverse_frequencies
@@ -92,9 +93,13 @@ def preflight(config: RunConfig) -> int:
             raise ConfigError(error.key, error.value, f"{error.remedy} (in stage {stage.name})") from None
     if not config.dry_run:
         check_hf_start(config)
-        if config.sft.path is not None:  # last: it may take a while
+        here = stages[at].config
+        if config.sft.path is None:
+            content = content_hash(here.data)
+        else:  # last: it may take a while
             vocab_size, length = config.model.vocab_size, config.train.sequence_length
-            check_sft(config.sft, config.data, vocab_size, length, config.parallel.timeout_s)
+            content = check_sft(config.sft, config.data, vocab_size, length, config.parallel.timeout_s)
+        checkpoint_folder.check_content(here, content, stages[at].start)
     return world_size
 
 
@@ -130,8 +135,7 @@ def _check_machine(config: RunConfig) -> None:
     if gpus and processes > gpus:
         raise ConfigError("world_size", processes, f"{gpus} GPU(s) here: start at most that many processes a machine")
     for key in ("backend", "full_backend"):
-        if getattr(config.attention, key) == "triton" and not gpus and "TRITON_INTERPRET" not in os.environ:
-            raise ConfigError(f"attention.{key}", "triton", "needs a CUDA GPU and there is none here; choose auto")
+        _check_backend(config, f"attention.{key}", getattr(config.attention, key), bool(gpus))
     if config.run.dir is not None:
         folder = Path(config.run.dir).absolute()
         existing = next(path for path in (folder, *folder.parents) if path.exists())
@@ -139,6 +143,19 @@ def _check_machine(config: RunConfig) -> None:
             raise ConfigError(
                 "run.dir", config.run.dir, f"{existing} is not a folder that can be written; choose another"
             )
+
+
+def _check_backend(config: RunConfig, key: str, name: str, on_gpu: bool) -> None:
+    kernels = name in ("triton", "flash", "mixed")
+    if kernels and not on_gpu and "TRITON_INTERPRET" not in os.environ:
+        raise ConfigError(key, name, "needs a CUDA GPU and there is none here; choose auto")
+    if name in ("flash", "mixed"):
+        dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
+        refusal = flash_library.refusal_anywhere(dtype, config.model.head_dim)
+        if refusal is not None:
+            raise ConfigError(key, name, f"{refusal}; choose auto")
+    if config.attention.deterministic and on_gpu and not kernels and name != "auto":
+        raise ConfigError(key, name, "adds gradients by atomics on a GPU; attention.deterministic needs auto or triton")
 
 
 def setup(config: RunConfig, stage: Stage | None = None) -> Run:

@@ -85,7 +85,8 @@ def train_step(run: Run, stop_requested: bool) -> StepResult:
     def counted(batches: Iterator[Batch]) -> Iterator[Batch]:
         nonlocal flops
         for batch in batches:
-            flops += training_flops(config.model, plan, batch.cu_seqlens.diff().tolist())
+            lengths = batch.cu_seqlens.diff().tolist()
+            flops += training_flops(config.model, plan, lengths, config.attention.key_conv)
             yield batch
 
     weights = _WeightSum(run.device)

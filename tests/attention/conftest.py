@@ -24,7 +24,7 @@ class Backend(NamedTuple):
         return f"{self.name}-{self.device}"
 
 
-_KERNELS = ("triton", "flash")
+_KERNELS = ("triton", "flash", "mixed")
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -37,7 +37,7 @@ def _params(op: str, *, cuda: bool = True) -> list[object]:
             params.append(pytest.param(Backend(name, "cpu", (torch.float64, torch.float32)), id=f"{name}-cpu"))
         elif _INTERPRETED and name == "triton":
             params.append(pytest.param(Backend(name, "cpu", (torch.float32,)), id=f"{name}-cpu"))
-        if name != "flash":  # 16-bit only: tested by error against fp64, with the kernels
+        if name not in ("flash", "mixed"):  # 16-bit only: tested by error against fp64, with the kernels
             absent = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
             dtypes = (torch.float64, torch.float32) if name == "portable" else (torch.float32,)
             marks = (pytest.mark.gpu, absent)

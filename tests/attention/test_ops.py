@@ -8,7 +8,16 @@ from functools import partial
 import pytest
 import torch
 
-from moba_train.attention import SequenceInfo, full_attention, moba_attention, ops, select_blocks, select_from_means
+from moba_train.attention import (
+    SequenceInfo,
+    choice,
+    flash_library,
+    full_attention,
+    moba_attention,
+    ops,
+    select_blocks,
+    select_from_means,
+)
 
 SEQ = SequenceInfo([0, 8])
 SIZES = {"block_size": 2, "top_k": 2}
@@ -86,9 +95,45 @@ def test_auto_takes_no_kernel_for_fp64_on_a_gpu(op: str, monkeypatch: pytest.Mon
     assert chosen in (["portable"], ["reference"])
 
 
+def test_deterministic_on_a_gpu_is_for_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "_logged", set())
+    monkeypatch.setattr(ops, "_load", lambda op, name: lambda **options: (name, options))
+    gpu = q().to("meta")
+    for op, backend in (("moba_attention", "portable"), ("full_attention", "sdpa"), ("full_attention", "reference")):
+        with pytest.raises(ValueError, match=f"come from backends triton and flash, not {backend}"):
+            ops._attention(op, backend, gpu, True)
+        ops._attention(op, backend, gpu, None)
+        ops._attention(op, backend, q(), True)
+    for op in ("moba_attention", "full_attention"):
+        assert ops._attention(op, "auto", gpu, True)() == ("triton", {"deterministic": True})
+    with pytest.raises(ValueError, match="float64"):
+        ops._attention("moba_attention", "auto", q(dtype=torch.float64).to("meta"), True)
+
+
+@pytest.mark.parametrize(
+    "block_size, length, expected",
+    [(128, 1 << 17, "triton"), (64, 4096, "triton"), (4096, 1 << 17, "flash"), (8192, 1 << 20, "flash")],
+)
+def test_choice_is_the_nearest_measured_shape(block_size: int, length: int, expected: str) -> None:
+    assert choice.moba_backend(block_size, length) == expected
+
+
+def test_choice_is_by_pass() -> None:
+    assert choice.Measured(1, 1, 2.0, 3.0, 1.0, 1.0).fastest == "flash"
+    assert choice.Measured(1, 1, 1.0, 3.0, 2.0, 1.0).fastest == "mixed"
+    assert choice.Measured(1, 1, 1.0, 1.0, 2.0, 2.0).fastest == "triton"
+
+
+@pytest.mark.parametrize("head_dim, served", [(16, False), (80, False), (24, False), (96, True), (288, False)])
+def test_flash_takes_head_dims_whose_gradients_are_right(head_dim: int, served: bool, monkeypatch) -> None:
+    monkeypatch.setattr(flash_library.importlib.util, "find_spec", lambda name: name)
+    assert (flash_library.refusal_anywhere(torch.bfloat16, head_dim) is None) == served
+    assert "bf16" in flash_library.refusal_anywhere(torch.float32, head_dim)
+
+
 def test_every_registered_backend_has_its_function() -> None:
     for op, backends in ops._BACKENDS.items():
-        for name in set(backends) - {"triton", "flash"}:
+        for name in set(backends) - {"triton", "flash", "mixed"}:
             assert callable(ops._function(op, name, q()))
         assert set(backends) <= set(ops._NAMES)
 

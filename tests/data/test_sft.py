@@ -246,6 +246,23 @@ def test_tokenised_once_and_again_when_something_changed(
     assert not list((tmp_path / "cache").glob(".*"))
 
 
+def test_the_hash_of_the_content_is_of_what_is_trained_on_alone(build, tokenizer: Path, tmp_path: Path) -> None:
+    rows = [*numbered(9), chat("q", "number is " * 99)]
+
+    def content(rows: Rows, **options: Any) -> str:
+        return build(rows, train=4, overlong="truncate", **options).content
+
+    first = content(rows)
+    path, valid_path = ((tmp_path / f"{name}.jsonl") for name in ("rows", "valid"))
+    path = path.rename(tmp_path / "moved.jsonl")
+    moved = SftConfig(str(path), str(valid_path), tokenizer=str(tokenizer), overlong="truncate")
+    assert check_sft(moved, DataConfig(), 300, S, 1.0) == first
+    assert content(rows, valid_rows=[chat("other", "rows")], packing="none", seed=2) == first
+    changed = [[*rows[:-1], chat("q", "number is x" * 99)], rows[:-1], rows[::-1]]
+    others = [content(other) for other in changed] + [content(rows, length=S - 1), content(rows, valid_rows=None)]
+    assert len({first, *others}) == 6
+
+
 def test_nothing_is_left_of_a_broken_file(build, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"rows\.jsonl:3.*none of messages"):
         build([*numbered(2), {"no": "messages"}])

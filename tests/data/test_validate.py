@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from moba_train.config.schema import ConfigError, DataConfig
-from moba_train.data.validate import check_data, weighted_folders
+from moba_train.data.validate import check_data, content_hash, weighted_folders
 from tests.data.conftest import Prepared, sentences
 
 
@@ -28,6 +28,21 @@ def refused(data: DataConfig, vocab_size: int = 300, **more: int) -> ConfigError
 def test_good_data_passes(corpus: Prepared) -> None:
     check_data(DataConfig(path=str(corpus[0])), 300, 64)
     check_data(DataConfig(blend={str(corpus[0]): 2.0}), 50000)
+
+
+def test_the_content_is_the_text_and_its_weight_and_not_the_place(corpus: Prepared, copy: Path) -> None:
+    def blend(first: Path, second: Path, weight: float = 1.0) -> str:
+        return content_hash(DataConfig(blend={str(first): weight, str(second): 2.0}))
+
+    other = copy.parent / "other"
+    shutil.copytree(copy, other)
+    info = json.loads((other / "dataset.json").read_text())
+    info["train"]["sha256"] = "0" * 64
+    (other / "dataset.json").write_text(json.dumps(info))
+    here, moved, changed = (content_hash(DataConfig(path=str(path))) for path in (corpus[0], copy, other))
+    assert here == moved != changed
+    assert blend(corpus[0], other) == blend(copy, other)
+    assert len({blend(copy, other), blend(other, copy), blend(copy, other, 2.0), here, changed}) == 5
 
 
 def test_missing_data_names_the_command(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ CASES = {
     "moba": ({"pattern": "moba"}, 2),
     "hybrid": ({"pattern": "moba*2,full"}, 1),
     "full": ({"pattern": "full"}, 4),
+    "first forced": ({"pattern": "moba", "force_first_block": True}, 2),
     "gate options": ({"pattern": "moba,full", **GATE}, 2),
 }
 PROMPT, NEW, CHUNKS = [(7 * i * i + 3) % 64 for i in range(61)], 16, (7, 33, 61)

@@ -34,7 +34,9 @@ def test_the_switch_is_measured_in_standard_deviations_of_the_steps_before_it():
     assert switch.jump == pytest.approx(0.1 / sigma)
     assert switch.rise == pytest.approx((3.4 - 3.05) / sigma)
     assert switch.excess == pytest.approx(0.4 / sigma)
-    assert switch.apart == 0.0
+    assert switch.apart == switch.chance == 0.0
+    other = dataclasses.replace(curve(first_full=None), losses=[loss + 0.2 for loss in curve().losses])
+    assert around_switch(curve(), other).chance == pytest.approx(0.2)
 
 
 def test_a_resumed_run_tells_its_plan_again_and_that_is_no_switch():
@@ -44,7 +46,7 @@ def test_a_resumed_run_tells_its_plan_again_and_that_is_no_switch():
     assert around_switch(again, curve(first_full=None)) == around_switch(hybrid, curve(first_full=None))
 
 
-@pytest.mark.parametrize("bump, last_eighth, met", [(0.0, 2.005, True), (0.9, 2.02, False)])
+@pytest.mark.parametrize("bump, last_eighth, met", [(0.0, 2.005, True), (0.9, 2.02, False), (0.9, 1.97, False)])
 def test_the_page_says_whether_the_expectations_are_met(tmp_path, bump, last_eighth, met):
     arms = {"full": curve(), "moba": curve(first_full=None, last_eighth=2.06)}
     seeds = [arms | {"hybrid": curve(), "full": curve(last_eighth=2.001)}, arms | {"hybrid": curve(bump)}]
@@ -57,12 +59,22 @@ def test_the_page_says_whether_the_expectations_are_met(tmp_path, bump, last_eig
     (tmp_path / "results.json").write_text(json.dumps(results))
     publish(tmp_path)
     page = (tmp_path / "README.md").read_text()
-    assert page.count("| met |" if met else "| **not met** |") == 2
-    assert ("| **not met** |" if met else "| met |") not in page
-    assert f"per token, mean over seeds | {last_eighth - 2:+.4f} | 0.01 |" in page
+    assert page.count("| met |" if met else "| **not met**") == 2
+    assert ("| **not met**" if met else "| met |") not in page
+    assert f"per token, mean over seeds | {last_eighth - 2:+.4f} | within 0.01 |" in page
+    assert page.count("(lower)") == (last_eighth < 1.99)
+    assert "MoBA alone ends below full attention" not in page
+    assert "cannot be told from chance" not in page
     assert "own losses are 0.0010 apart" in page
     assert "a.key=7" in page
     assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_page_says_what_it_cannot_tell():
+    assert experiment._reading(0.05, 0.001) == []
+    below, chance = experiment._reading(-0.05, 0.04)
+    assert "MoBA alone ends below full attention" in below
+    assert "end up 0.040 apart" in chance
 
 
 def test_a_curve_is_read_from_the_metrics(tmp_path):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from experiments.sparse_loss_sft import build
-from experiments.sparse_loss_sft.page import Arm, mean_losses, publish, rank_correlation
+from experiments.sparse_loss_sft.page import Arm, has_gap, mean_losses, publish, rank_correlation
 from experiments.sparse_loss_sft.run import _doublings
 
 SOURCE = '''
@@ -131,7 +131,7 @@ def arms(*losses: float, seed: int = 0) -> list[Arm]:
 
 @pytest.mark.parametrize(
     "losses, met, correlation",
-    [((2.0, 1.9, 1.05, 1.0), 3, "-1.00"), ((2.0, 2.1, 1.5, 1.0), 0, "-0.80"), ((1.0, 1.0, 1.0, 1.0), 2, "+nan")],
+    [((2.0, 1.9, 1.05, 1.0), 3, "-1.00"), ((2.0, 2.1, 1.5, 1.0), 0, "-0.80"), ((1.0, 1.0, 1.0, 1.0), 0, "+nan")],
 )
 def test_the_page_says_what_was_found(tmp_path: Path, losses: tuple[float, ...], met: int, correlation: str) -> None:
     told = {"command": "how", "device": "where", "versions": {}, "packages": [], "date": "when", "setting": ["a.key=7"]}
@@ -141,15 +141,28 @@ def test_the_page_says_what_was_found(tmp_path: Path, losses: tuple[float, ...],
         (tmp_path / f"results_{name}.json").write_text(json.dumps(results | {"name": name, "arms": found}))
     publish(tmp_path)
     page = (tmp_path / "README.md").read_text()
+    gap = losses[0] > losses[-1]
     assert page.count("| met |") == 2 * met
-    assert page.count("| **not met** |") == 2 * (3 - met)
+    assert page.count("| **not met** |") == 2 * (3 - met) * gap
+    assert page.count("| **cannot be told** |") == 2 * 3 * (not gap)
+    assert page.count("One seed: how much chance") == 2 * gap
+    assert page.count("has yet to get used to MoBA") == gap
+    assert page.count("there is no gap that could") == 2 * (not gap)
     assert page.count(f"rank correlation {correlation} ") == 2
     assert page.index("pretrained here for 9 steps") < page.index("## From other")
     if met == 3:
-        assert "| 2 | 1.0500 | 0.95 | 30.0% | 50.0% |" in page
+        assert "| 2 | 3.0000 | 1.0500 | 0.95 | 30.0% | 50.0% |" in page
     for name in ("own", "other"):
         assert f"(results_{name}.png)" in page
         assert (tmp_path / f"results_{name}.png").stat().st_size > 1000
+
+
+def test_a_gap_within_chance_is_none() -> None:
+    def pair(difference: float) -> list[Arm]:
+        return [*arms(2.0, 1.9, 1.1, 2.0 - difference), *arms(2.2, 1.9, 1.1, 2.2 - difference, seed=1)]
+
+    error = 0.1 * math.sqrt(2)  # of the difference: 0.1 at both ends
+    assert [has_gap(mean_losses(pair(difference))) for difference in (1.9 * error, 2.1 * error)] == [False, True]
 
 
 def test_full_layers_that_are_tried() -> None:

@@ -6,13 +6,29 @@ import gc
 import math
 import sysconfig
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
 from moba_train.config.compose import compose
 from moba_train.config.schema import ModelConfig, RunConfig
+from tests.helpers.spawn import run_distributed
+from tests.helpers.tolerance import GRAD_NORM_RTOL, LOSS_RTOL
 
-__all__ = ["SMALL", "corpus", "losses", "losses_of_layouts", "shape_overrides", "small_config"]
+__all__ = [
+    "SMALL",
+    "Trained",
+    "assert_same_training",
+    "corpus",
+    "losses",
+    "losses_of_layouts",
+    "shape_overrides",
+    "small_config",
+    "train_layouts",
+]
+
+Trained = tuple[list[tuple[float, float]], float]  # (loss, gradient norm) of every step, validation loss after the last
 
 # Recipe tiny shrunk to milliseconds a step: four layers, MoBA and full in turn, documents of many blocks.
 SMALL = [
@@ -71,10 +87,8 @@ def losses(config: RunConfig, steps: int, save: bool = False) -> list[tuple[floa
     return _train(config, steps, save)[0]
 
 
-def _train(
-    config: RunConfig, steps: int, save: bool = False, validate: bool = False
-) -> tuple[list[tuple[float, float]], float]:
-    """The steps' (loss, gradient norm), and the validation loss after them (nan unless asked for)."""
+def _train(config: RunConfig, steps: int, save: bool = False, validate: bool = False) -> Trained:
+    """The validation loss is nan unless asked for."""
     from megatron.core import parallel_state
 
     from moba_train.train import checkpoint
@@ -106,7 +120,7 @@ def losses_of_layouts(
     layouts: dict[str, list[str]],
     steps: int,
     model: tuple[str, ...] = (),
-) -> dict[str, tuple[list[tuple[float, float]], float]]:
+) -> dict[str, Trained]:
     """Per named layout, curve and validation loss from the same initial weights, saved by the one-process call.
 
     model: overrides that change the weights' shapes, and so have initial weights of their own.
@@ -120,3 +134,32 @@ def losses_of_layouts(
         name: _train(small_config(data, root / name, *start, *overrides), steps, validate=True)
         for name, overrides in layouts.items()
     }
+
+
+def train_layouts(
+    root: Path,
+    world_size: int,
+    layouts: dict[str, list[str]],
+    steps: int,
+    model: tuple[str, ...] = (),
+    **options: Any,
+) -> dict[str, Trained]:
+    """`losses_of_layouts` on as many ranks, which must agree; one process makes the initial weights for all others.
+
+    options: run_distributed's.
+    """
+    data = root / "data"
+    if not data.exists():
+        corpus(data)
+    by_rank = run_distributed(losses_of_layouts, world_size, data, root, layouts, steps, model, **options)
+    assert all(result == by_rank[0] for result in by_rank), "ranks disagree about a loss or gradient norm"
+    return by_rank[0]
+
+
+def assert_same_training(trained: Trained, expected: Trained) -> None:
+    """Equal to rounding in fp32: every step's loss and gradient norm, and the validation loss."""
+    losses, norms = zip(*trained[0], strict=True)
+    expected_losses, expected_norms = zip(*expected[0], strict=True)
+    assert losses == pytest.approx(expected_losses, rel=LOSS_RTOL)
+    assert norms == pytest.approx(expected_norms, rel=GRAD_NORM_RTOL)
+    assert trained[1] == pytest.approx(expected[1], rel=LOSS_RTOL)

@@ -1,11 +1,13 @@
 """Stopped at any step, a run resumes bit by bit; saved in one layout, it loads in another; damage is named."""
 
 import json
+import multiprocessing
 import shutil
 
 import pytest
 
 from moba_train.config.schema import ConfigError
+from moba_train.data.validate import content_hash
 from moba_train.train import checkpoint_folder
 from tests.helpers.spawn import run_distributed
 from tests.helpers.tolerance import GRAD_NORM_RTOL, LOSS_RTOL
@@ -201,6 +203,7 @@ def _save_often(rank, world_size, data, root):
         losses(small_config(data, root / "kept", "checkpoint.keep_last=2"), 1, save=True)
     losses(small_config(data, root / "over"), 3, save=True)
     losses(small_config(data, root / "over", "checkpoint.resume=false", "checkpoint.keep_last=1"), 1, save=True)
+    assert multiprocessing.active_children() == []  # nothing is left running between saves
 
 
 @pytest.fixture(scope="module")
@@ -232,6 +235,18 @@ def test_what_the_optimizer_and_data_position_depend_on_may_not_change(root, dat
             data, root / "new", f"checkpoint.load={root / 'one'}", "checkpoint.load_weights_only=true", override
         )
     )
+
+
+def test_a_run_resumes_on_what_it_began_with_alone(root, data, one_process):
+    content = content_hash(small_config(data, root / "one").data)
+    assert checkpoint_folder.read_metadata(root / "one" / "checkpoints" / f"step_{STOP:08d}").content == content
+    checkpoint_folder.check_content(small_config(data, root / "one"), content)
+    with pytest.raises(ConfigError, match=r"data\.path=.* is not what it was at the checkpoint"):
+        checkpoint_folder.check_content(small_config(data, root / "one"), "another")
+    with pytest.raises(ConfigError, match=r"data\.seed=7: .* in the order of data\.seed=1234"):
+        checkpoint_folder.check_content(small_config(data, root / "one", "data.seed=7"), content)
+    elsewhere = small_config(data, root / "new", f"checkpoint.load={root / 'one'}", "data.seed=7")
+    checkpoint_folder.check_content(elsewhere, "another")
 
 
 @pytest.mark.parametrize("start, width", [("one", 3), ("convolved", 4), ("convolved", 0)])

@@ -30,6 +30,7 @@ LAYOUTS = {
     "data": [],
     "gather": ["parallel.context=2"],
     "ring": ["parallel.context=2", "parallel.context_strategy=ring"],
+    "swap": ["parallel.context=2", "parallel.context_strategy=all_to_all"],
 }
 
 PATTERNS = ["embedding.*", "decoder.layers.[03].*", "*.input_layernorm.weight"]

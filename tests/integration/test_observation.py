@@ -119,8 +119,9 @@ def _auto(run, target=None, **attention):
 def _look(rank, world_size, data, root):
     from megatron.core import parallel_state
 
-    from moba_train.train import checkpoint
+    from moba_train.train import checkpoint, loop
     from moba_train.train.gate_metrics import gate_record
+    from moba_train.train.metrics import read_metrics
     from moba_train.train.step import train_step
 
     logging.getLogger("moba_train").setLevel(logging.INFO if rank == 0 else logging.ERROR)
@@ -147,6 +148,10 @@ def _look(rank, world_size, data, root):
     run = _setup(data, root / "initial", "metrics.gate_every=1", "attention.dense_last_layers=auto")
     found["resumed"] = run.config.attention.dense_last_layers
     found["not looked"] = [train_step(run, stop_requested=False).loss for _ in range(2)]
+    # A run that has no step left to do is looked at all the same.
+    run.config = dataclasses.replace(run.config, train=dataclasses.replace(run.config.train, steps=run.step))
+    loop._train(run, loop._StopSignal())
+    found["at the end"] = read_metrics(run.folder) if rank == 0 else []
     parallel_state.destroy_model_parallel()
 
     start = [f"checkpoint.load={root / 'initial'}", "checkpoint.load_weights_only=true"]
@@ -205,6 +210,12 @@ def test_looking_does_not_touch_training(found):
     for rank in found:
         assert rank["looked"] == rank["not looked"]
         assert rank["looked"][0] != rank["looked"][1]
+
+
+def test_a_finished_run_is_looked_at_once_more(found):
+    (record,) = found[0]["at the end"]
+    assert record["step"] == 2
+    assert record.keys() >= {"gate/sink_share", "gradient_density/direct"}
 
 
 def test_auto_chooses_alike_everywhere_and_says_why(found):

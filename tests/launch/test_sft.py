@@ -34,7 +34,9 @@ def overrides(place: Path, run: Path) -> list[str]:
 
 def test_it_fine_tunes_on_rows_that_it_tokenises(place: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    code, text = finish(start(sys.executable, "launch/sft.py", *overrides(place, run), "train.steps=3"))
+    code, text = finish(
+        start(sys.executable, "launch/sft.py", *overrides(place, run), "train.steps=3", "metrics.gate_every=2")
+    )
     assert code == 0, text
     for line in (
         "chat template: built-in",
@@ -44,6 +46,7 @@ def test_it_fine_tunes_on_rows_that_it_tokenises(place: Path, tmp_path: Path) ->
         "% of them text",
         "sft_tiny finished",
         "validation loss, nats per token",
+        "gate metrics every 2 steps, share of",
     ):
         assert line in text
     assert "nats per byte" not in text
@@ -60,9 +63,9 @@ def test_it_fine_tunes_on_rows_that_it_tokenises(place: Path, tmp_path: Path) ->
     "change, said",
     [
         ("sft.path=broken.jsonl", "broken.jsonl:2"),
-        ("sft.path=nowhere", "no file"),
+        ("sft.path=nowhere", "by: make sft"),
         ("sft.path=null", "sft.path=None: name chat rows"),
-        ("sft.tokenizer=nowhere", "no such folder"),
+        ("sft.tokenizer=nowhere", "by: make sft"),
         ("sft.tokenizer=null", "tokenizer/ of a prepared one"),
         ("checkpoint.load=nowhere", "no checkpoint there"),
         ("data.path=data", "drop one of the two"),

@@ -73,6 +73,14 @@ def _rows(config):
     return tokens, positions, RowParams(qkv_format="thd", sequence=SequenceInfo([0, 40, 64]), rotary=rotary)
 
 
+def _recording(op, asked):
+    def recording(*inputs, **options):
+        asked.append(options["deterministic"])
+        return op(*inputs, **options)
+
+    return recording
+
+
 def _one_process(rank, world_size):
     from megatron.core import parallel_state
 
@@ -123,6 +131,17 @@ def _one_process(rank, world_size):
         logits(**options, force_previous_block=True),
         logits(**options, share_picks_in_group=True),
     ]
+
+    parallel_state.destroy_model_parallel()
+    (strict,) = _build(dataclasses.replace(CONFIG, attention=dataclasses.replace(CONFIG.attention, deterministic=True)))
+    asked = []
+    for model in (strict, chunk):
+        for module in model.modules():
+            if isinstance(module, CoreAttention):
+                module.ops = {kind: _recording(op, asked) for kind, op in module.ops.items()}
+        with torch.no_grad():
+            model(tokens, positions[None], None, packed_seq_params=row)
+    found["deterministic"] = list(asked)
 
     found["full"] = logits(pattern="full")
     found["sparse"] = logits(pattern="moba", block_size=8, top_k=2)
@@ -185,6 +204,10 @@ def test_gate_options_reach_the_op(built):
     plain, forced, shared = built["options"]
     assert not torch.equal(plain, forced)
     assert not torch.equal(plain, shared)
+
+
+def test_deterministic_reaches_every_op(built):
+    assert built["deterministic"] == [True] * 4 + [None] * 4
 
 
 def test_layers_are_numbered_from_one_and_follow_the_plan(built):

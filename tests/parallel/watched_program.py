@@ -38,9 +38,10 @@ def rank_main(rank: int, port: int, fault: str, rank_at_fault: int, timeout_s: i
         for step in range(1, 4):
             phase(f"step {step}: work")
             time.sleep(0.5)  # beats are as far apart at this timeout
-            if step == 3 and rank == rank_at_fault:
+            if step == 3:
                 time.sleep(4)  # many processes start at once: let the beats catch up
-                FAULTS[fault]()
+                if rank == rank_at_fault:
+                    FAULTS[fault]()
             phase(f"step {step}: sum")
             dist.all_reduce(torch.ones(1))
         phase("end")

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,8 +12,7 @@ from moba_train.config.schema import ConfigError
 from moba_train.train import checkpoint_folder
 from moba_train.train.convert import core_to_hf, hf_to_core
 from tests.helpers.hf import FAMILIES, write_folder
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers.spawn import run_distributed
 
 
 def tensors_of(folder):
@@ -118,28 +115,22 @@ def test_what_lies_in_the_way_or_is_damaged_is_refused_and_nothing_is_left(shard
 
 
 # Linux forgets a process's peak on request; before it, the imports' own peak would hide the conversion's.
-_MEASURE = """
-import sys
-from moba_train import device
-device.quiet_imports()
-from pathlib import Path
-from moba_train.train.convert import core_to_hf, hf_to_core
-
-def peak(reset=False):
+def _peak(reset=False):
+    """MiB of resident memory at their highest since the last reset."""
     if reset:
         Path("/proc/self/clear_refs").write_text("5")
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
-out = Path(sys.argv[3])
-for name, folder in (("small", sys.argv[1]), ("large", sys.argv[2])):
-    before = peak(reset=True)
-    hf_to_core(folder, out / f"{name}-core")
-    into = peak() - before
-    before = peak(reset=True)
-    core_to_hf(out / f"{name}-core", out / f"{name}-back")
-print(into, peak() - before)
-"""
+
+def _measure(rank, world_size, small, large, out):
+    for name, folder in (("small", small), ("large", large)):
+        before = _peak(reset=True)
+        hf_to_core(folder, out / f"{name}-core")
+        into = _peak() - before
+        before = _peak(reset=True)
+        core_to_hf(out / f"{name}-core", out / f"{name}-back")
+    return into, _peak() - before
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak can be reset on Linux alone")
@@ -169,8 +160,6 @@ def test_peak_memory_is_about_a_shard_and_a_layer(sharded, tmp_path):
     (large / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     total = sum(file.stat().st_size for file in large.glob("*.safetensors")) / 2**20
     assert total > 190
-    command = [sys.executable, "-c", _MEASURE, str(sharded), str(large), str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
-    peaks = [float(peak) for peak in done.stdout.split()]
+    (peaks,) = run_distributed(_measure, 1, sharded, large, tmp_path)  # a process of its own
     assert 12 < max(peaks) < total / 2, f"{peaks} of {total} MiB"
     assert_same_weights(tensors_of(tmp_path / "large-back"), tensors_of(large))

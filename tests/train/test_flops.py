@@ -48,6 +48,20 @@ def test_a_gate_shared_by_a_group_is_charged_once_a_group():
     assert difference == 2 * fewer * model.head_dim * gate_pairs(free, 70) > 0
 
 
+def test_a_key_convolution_is_charged_for_its_taps_and_its_memory():
+    model, full = ModelConfig(), LayerAttention(LayerKind.FULL, 16, 2)
+    taps = 4 * model.num_key_value_heads * model.head_dim
+    difference = training_flops(model, (full,), [70, 5], key_conv=4) - training_flops(model, (full,), [70, 5])
+    assert difference == 3 * 2 * taps * model.num_layers * 75
+    without, convolved = (memory_gib(compose(["recipe=8k", f"attention.key_conv={width}"]), 1) for width in (0, 4))
+    model = compose(["recipe=8k"]).model
+    weights = 4 * model.num_key_value_heads * model.head_dim * model.num_layers
+    for term, size in {"weights": 2, "gradients": 4, "optimizer": 12}.items():
+        assert convolved[term] - without[term] == pytest.approx(weights * size / 2**30)
+    kept = 8192 * model.num_key_value_heads * model.head_dim * 2 / 2**30  # of the one layer that is computed again
+    assert convolved["activations"] - without["activations"] == pytest.approx(kept)
+
+
 @pytest.mark.parametrize(
     "name, parameters", [("llama3.2-1b", 1_235_814_400), ("llama3.1-8b", 8_030_261_248), ("qwen3-8b", 8_190_735_360)]
 )

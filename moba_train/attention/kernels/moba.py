@@ -18,7 +18,7 @@ from moba_train.attention.kernels.forward import launch_forward
 from moba_train.attention.kernels.tiles import check_supported
 from moba_train.attention.sequence import SequenceInfo
 
-__all__ = ["full_attention", "moba_attention"]
+__all__ = ["forward_inputs", "full_attention", "moba_attention", "moba_forward"]
 
 
 def moba_attention(
@@ -45,20 +45,10 @@ def moba_attention(
     check_supported(q_THD)
     if not scale > 0:
         raise ValueError(f"softmax_scale must be positive, got {scale}")
-    table = seq.blocks(block_size)
-    on_device = table.on(q_THD.device)
-    bounds = (
-        on_device.held_start_N,
-        on_device.held_end_N,
-        on_device.query_start_N,
-        on_device.query_end_N,
-        on_device.limit_T,
-    )
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
-    # The longest block bounds every loop; a block_size far beyond the documents must not inflate the grids.
-    sizes = (max(1, table.max_block), _granularity(seq, block_size))
-    return _Attend.apply(q_THD, k_SGD, v_SGD, picks_THK, bounds, sizes, scale, deterministic)
+    table = forward_inputs(seq, block_size, q_THD.device)
+    return _Attend.apply(q_THD, k_SGD, v_SGD, picks_THK, table, scale, deterministic)
 
 
 def full_attention(
@@ -73,6 +63,15 @@ def full_attention(
     )
 
 
+def forward_inputs(seq: SequenceInfo, block_size: int, device: torch.device) -> tuple[Tensor | int, ...]:
+    """What the ops are told of the blocks, between the picks and the scale."""
+    table = seq.blocks(block_size)
+    on = table.on(device)
+    bounds = (on.held_start_N, on.held_end_N, on.query_start_N, on.query_end_N, on.limit_T)
+    # The longest block bounds every loop; a block_size far beyond the documents must not inflate the grids.
+    return *bounds, max(1, table.max_block), _granularity(seq, block_size)
+
+
 def _granularity(seq: SequenceInfo, block_size: int) -> int:
     # A common divisor of all block lengths: where tiles divide it, no kernel masks a short block.
     return 1 if seq.k_positions is not None else math.gcd(block_size, *seq.cu_seqlens.diff().tolist())
@@ -80,30 +79,25 @@ def _granularity(seq: SequenceInfo, block_size: int) -> int:
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q_THD, k_SGD, v_SGD, picks_THK, bounds, sizes, scale, deterministic):
-        out_THD, lse_TH = _forward(q_THD, k_SGD, v_SGD, picks_THK, *bounds, *sizes, scale)
+    def forward(ctx, q_THD, k_SGD, v_SGD, picks_THK, table, scale, deterministic):
+        out_THD, lse_TH = moba_forward(q_THD, k_SGD, v_SGD, picks_THK, *table, scale)
         # The very k and v of the caller: context parallelism drops them here and gathers them again in backward.
         ctx.save_for_backward(q_THD, k_SGD, v_SGD, out_THD, lse_TH, picks_THK)
-        ctx.rest = (bounds, sizes, scale, deterministic)
+        ctx.rest = (*table, scale, deterministic)
         ctx.set_materialize_grads(False)
         return out_THD, lse_TH
 
     @staticmethod
     def backward(ctx, dout_THD, dlse_TH):
-        q_THD, k_SGD, v_SGD, out_THD, lse_TH, picks_THK = ctx.saved_tensors
-        bounds, sizes, scale, deterministic = ctx.rest
         if dout_THD is None and dlse_TH is None:
-            return (None,) * 8
+            return (None,) * 7
         if dout_THD is None:
-            dout_THD = torch.zeros_like(out_THD)
-        grads = _backward(
-            dout_THD, dlse_TH, q_THD, k_SGD, v_SGD, out_THD, lse_TH, picks_THK, *bounds, *sizes, scale, deterministic
-        )
-        return *grads, None, None, None, None, None
+            dout_THD = torch.zeros_like(ctx.saved_tensors[3])
+        return *_backward(dout_THD, dlse_TH, *ctx.saved_tensors, *ctx.rest), None, None, None, None
 
 
 @torch.library.custom_op("moba_train::moba_forward", mutates_args=())
-def _forward(
+def moba_forward(
     q_THD: Tensor,
     k_SGD: Tensor,
     v_SGD: Tensor,
@@ -117,23 +111,15 @@ def _forward(
     granularity: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
+    """out [T, H, D] and natural-log lse [T, H]; of the blocks it takes `forward_inputs`. Not differentiable."""
+    q_THD, k_SGD, v_SGD, picks_THK = map(_dense_rows, (q_THD, k_SGD, v_SGD, picks_THK))
     return launch_forward(
-        _dense_rows(q_THD),
-        _dense_rows(k_SGD),
-        _dense_rows(v_SGD),
-        _dense_rows(picks_THK),
-        key_start_N,
-        key_end_N,
-        query_start_N,
-        query_end_N,
-        limit_T,
-        block_size,
-        granularity,
-        scale,
-    )
+        q_THD, k_SGD, v_SGD, picks_THK, key_start_N, key_end_N, query_start_N, query_end_N, limit_T, block_size,
+        granularity, scale,
+    )  # fmt: skip
 
 
-@_forward.register_fake
+@moba_forward.register_fake
 def _(q_THD, k_SGD, v_SGD, picks_THK, *_bounds_and_sizes):
     num_tokens, num_heads, _ = q_THD.shape
     return q_THD.new_empty(q_THD.shape), q_THD.new_empty((num_tokens, num_heads), dtype=torch.float32)
@@ -159,25 +145,12 @@ def _backward(
     scale: float,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    dlse_TH = None if dlse_TH is None else dlse_TH.contiguous()
+    q_THD, k_SGD, v_SGD, picks_THK, dout_THD = map(_dense_rows, (q_THD, k_SGD, v_SGD, picks_THK, dout_THD))
     return launch_backward(
-        _dense_rows(dout_THD),
-        None if dlse_TH is None else dlse_TH.contiguous(),
-        _dense_rows(q_THD),
-        _dense_rows(k_SGD),
-        _dense_rows(v_SGD),
-        out_THD.contiguous(),
-        lse_TH.contiguous(),
-        _dense_rows(picks_THK),
-        key_start_N,
-        key_end_N,
-        query_start_N,
-        query_end_N,
-        limit_T,
-        block_size,
-        granularity,
-        scale,
-        deterministic,
-    )
+        dout_THD, dlse_TH, q_THD, k_SGD, v_SGD, out_THD.contiguous(), lse_TH.contiguous(), picks_THK, key_start_N,
+        key_end_N, query_start_N, query_end_N, limit_T, block_size, granularity, scale, deterministic,
+    )  # fmt: skip
 
 
 @_backward.register_fake
