@@ -283,11 +283,12 @@ def _check_all(options: argparse.Namespace) -> dict[str, float]:
             f"{name}:FlashAttention 4" for name in {SETTINGS[name][:3]: name for name in options.settings}.values()
         ]
     start = time.monotonic()
+    end = start + max(60.0, options.budget / 2)
     running = {job: _process(job, options) for job in jobs}
     errors: dict[str, float] = {}
     for job, process in running.items():
         try:
-            output, _ = process.communicate(timeout=max(60.0, options.budget / 2))
+            output, _ = process.communicate(timeout=max(1.0, end - time.monotonic()))
         except subprocess.TimeoutExpired:
             process.kill()
             output, _ = process.communicate()

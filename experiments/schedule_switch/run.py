@@ -310,8 +310,8 @@ def _reading(moba_gap: float, chance: float) -> list[str]:
     if chance > POSITION_BOUND:
         parts.append(
             "Before the switch hybrid and MoBA are one training done twice, with the same weights, batches and layers, "
-            f"and end up {chance:.3f} apart, by the order of additions in the kernels alone. So a difference of "
-            f"{POSITION_BOUND} cannot be told from chance here."
+            f"and end up {chance:.3f} apart, so far as the settings go by the order of additions in the kernels alone. "
+            f"So a difference of {POSITION_BOUND} cannot be told from chance here."
         )
     return parts
 

@@ -32,7 +32,7 @@ class Measured(NamedTuple):
         return min(sums, key=lambda name: sums[name])
 
 
-# Source: benchmarks/results/attention_h100_2026-11-23.md, the best-known run of both on one device (H100).
+# Source: benchmarks/results/attention_h100_2026-11-23.md (H100); flash as it was before entry 9 of benchmarks/LOG.md.
 MEASURED: tuple[Measured, ...] = (
     Measured(128, 32768, 3.42, 3.68, 10.30, 23.43),
     Measured(128, 131072, 14.30, 14.69, 21.42, 44.51),

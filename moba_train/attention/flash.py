@@ -94,7 +94,7 @@ def moba_attention(
         # A block of which no row is held shows nothing; the library takes no sequence without keys.
         on_device = table.on(q_THD.device)
         held_N = on_device.held_end_N > on_device.held_start_N
-        known = (picks_THK >= 0) & held_N[picks_THK.clamp(min=0).long()]
+        known = (picks_THK >= 0) & held_N[picks_THK.clamp(min=0)]
         picks_THK = torch.where(known, picks_THK, -1)
     bounds = seq.once(("key bounds", block_size, q_THD.device), lambda: _key_bounds(seq, block_size, q_THD.device))
     longest = max(1, table.max_block)
@@ -146,7 +146,7 @@ def _forward(
     q_THD, k_SGD, v_SGD = (_dense_rows(tensor) for tensor in (q_THD, k_SGD, v_SGD))
     calls = list(varlen.unpack(tensors, numbers))
     # Rows that no call reaches see nothing.
-    whole = len(calls) == 1 and calls[0].last - calls[0].first == q_THD.shape[0]
+    whole = len(calls) == 1 and not calls[0].rows.numel() and calls[0].last - calls[0].first == q_THD.shape[0]
     out_THD = (torch.empty if whole else torch.zeros)(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
     lse_TH = torch.full(q_THD.shape[:2], -torch.inf, dtype=torch.float32, device=q_THD.device)
     for call in calls:
@@ -159,7 +159,7 @@ def _forward(
             lse_TH.index_copy_(0, call.rows, part_lse.T)
         else:
             lse.copy_(part_lse.T)
-    if picks_THK is None or picks_THK.shape[2] == 1 or out_THD.numel() == 0:
+    if picks_THK is None or picks_THK.shape[2] == 1 or out_THD.numel() == 0 or k_SGD.numel() == 0:
         return out_THD, lse_TH
     assert key_bounds is not None
     for group in _groups(q_THD, picks_THK, k_SGD, v_SGD, key_bounds, rows_staged=2):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import inspect
 from functools import cache
 from typing import Any
 
@@ -47,7 +48,16 @@ def refusal_anywhere(dtype: torch.dtype, head_dim: int) -> str | None:
         return f"computes in bf16 and fp16, got {dtype}"
     if head_dim % _HEAD_DIM_STEP or not 0 < head_dim <= 256:
         return f"takes head dims that are multiples of {_HEAD_DIM_STEP} up to 256, got {head_dim}"
-    return _MISSING if importlib.util.find_spec("flash_attn") is None else None
+    return None if _installed() else _MISSING
+
+
+@cache
+def _installed() -> bool:
+    """Whether the package is there; `flash_attn` alone may be FlashAttention 2."""
+    try:
+        return importlib.util.find_spec("flash_attn.cute") is not None
+    except ImportError:
+        return False
 
 
 def version() -> str | None:
@@ -136,10 +146,11 @@ def backward(
 
 @cache
 def _interface() -> Any:
-    """The library's module, whose functions carry no types, or None."""
-    if importlib.util.find_spec("flash_attn") is None:
+    """The library's module, whose functions carry no types, or None; early versions have no varlen backward."""
+    if not _installed():
         return None
     try:
-        return importlib.import_module("flash_attn.cute.interface")
+        module = importlib.import_module("flash_attn.cute.interface")
     except ImportError:
         return None
+    return module if "dlse" in inspect.signature(module._flash_attn_bwd).parameters else None

@@ -1,8 +1,9 @@
 """The public ops: input checks, then the choice of backend.
 
 A backend is a module with a function of the op's name; `_BACKENDS` says where, so that it is imported only when used.
-`backend="auto"` takes the first entry of `_AUTO` that serves the device and dtype and logs the choice once; on a GPU it
-warns when that is a slow path. Nothing here asks the device for a value.
+`backend="auto"` takes the first entry of `_AUTO` that serves the device and dtype (MoBA on a GPU: first what choice.py
+measured as fastest) and logs the choice once; on a GPU it warns when that is a slow path. Nothing here asks the device
+for a value.
 
 Letters: T queries, S key rows (held ones under `k_positions`), H query heads, G key heads, D head dim, N blocks,
 K = top_k picks.
@@ -279,8 +280,8 @@ def _attention(
     name = _choose(op, backend, q_THD, first=first, avoid=avoid)
     if name in avoid:
         raise ValueError(
-            f"deterministic gradients of {op} on {q_THD.device} in {q_THD.dtype} come from backends triton and flash, "
-            f"not {name}"
+            f"deterministic gradients of {op} on {q_THD.device} in {q_THD.dtype} come from backends triton, flash and "
+            f"mixed, not {name}"
         )
     attend: _Attention = _load(op, name)
     return attend if name in _ATOMICS_ON_GPU else partial(attend, deterministic=deterministic)

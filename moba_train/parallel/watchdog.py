@@ -319,13 +319,17 @@ def _leave() -> None:
     sys.stderr.flush()
     for child in multiprocessing.active_children():  # a checkpoint's writers would outlive this exit
         child.kill()
-    _end_stopped_neighbours()
-    os._exit(1)
+    try:
+        _end_stopped_neighbours()
+    finally:
+        os._exit(1)
 
 
 def _end_stopped_neighbours() -> None:
     """A stopped process heeds no other signal: torchrun would wait half a minute for each rank of this run that is."""
-    for process in psutil.Process(os.getppid()).children():
+    launcher = os.getppid()
+    neighbours = psutil.Process(launcher).children() if launcher else []  # 0: the first process of a container
+    for process in neighbours:
         with contextlib.suppress(psutil.Error):
             stopped = process.status() == psutil.STATUS_STOPPED
             if stopped and process.environ().get("MASTER_PORT") == os.environ["MASTER_PORT"]:

@@ -3,8 +3,8 @@
 A MoBA layer is charged for the query-key pairs it computes (own block causal, picked earlier blocks whole) and for its
 gate; a full layer for all causal pairs. One multiply-add is two operations; backward counts twice forward,
 recomputation not at all (model FLOPs, PaLM, arXiv 2204.02311, appendix B). The gate has no backward. All counts are for
-whole rows, over all ranks. Norms, activation functions and rotary
-embedding, about one part in hidden_size, are left out.
+whole rows, over all ranks. Norms, activation functions and rotary embedding, about one part in hidden_size, are left
+out.
 """
 
 from __future__ import annotations

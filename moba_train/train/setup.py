@@ -155,7 +155,7 @@ def _check_backend(config: RunConfig, key: str, name: str, on_gpu: bool) -> None
         if refusal is not None:
             raise ConfigError(key, name, f"{refusal}; choose auto")
     if config.attention.deterministic and on_gpu and not kernels and name != "auto":
-        raise ConfigError(key, name, "adds gradients by atomics on a GPU; attention.deterministic needs auto or triton")
+        raise ConfigError(key, name, "adds gradients by atomics on a GPU; attention.deterministic needs another")
 
 
 def setup(config: RunConfig, stage: Stage | None = None) -> Run:

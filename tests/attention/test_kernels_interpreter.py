@@ -218,6 +218,22 @@ def test_flash_partial_keys_merge_to_the_whole(flash_stand_in: None) -> None:
 
 
 @interpreted
+def test_flash_gives_nothing_to_queries_between_others_that_see_no_key(flash_stand_in: None) -> None:
+    """As a ring's step does where the rank that sent its keys holds none of a document."""
+    held = [*range(8), *range(16, 24)]
+    seq = SequenceInfo([0, 8, 16, 24], k_positions=held)
+    case = Case("", (0, 8, 16, 24), block_size=4, top_k=2)
+    inputs = case.inputs(torch.float32)
+    q, k, v, *_ = inputs
+    moba = partial(moba_attention, picks=_picks(case, inputs), block_size=case.block_size, top_k=case.top_k)
+    for op in (full_attention, moba):
+        expected, actual = (op(q, k[held], v[held], seq, backend=name) for name in ("reference", "flash"))
+        assert not actual[0][8:16].any()
+        for got, want in zip(actual, expected, strict=True):
+            assert_close(got, want, torch.float32)
+
+
+@interpreted
 @pytest.mark.parametrize("name", FP16)
 def test_fp16_errs_no_more_than_torch(name: str) -> None:
     case = CASES_BY_NAME[name]

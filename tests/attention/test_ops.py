@@ -100,7 +100,7 @@ def test_deterministic_on_a_gpu_is_for_the_kernels(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(ops, "_load", lambda op, name: lambda **options: (name, options))
     gpu = q().to("meta")
     for op, backend in (("moba_attention", "portable"), ("full_attention", "sdpa"), ("full_attention", "reference")):
-        with pytest.raises(ValueError, match=f"come from backends triton and flash, not {backend}"):
+        with pytest.raises(ValueError, match=f"come from backends triton, flash and mixed, not {backend}"):
             ops._attention(op, backend, gpu, True)
         ops._attention(op, backend, gpu, None)
         ops._attention(op, backend, q(), True)

@@ -119,3 +119,10 @@ def test_a_fault_is_told_by_rank_and_phase_and_ends_the_run(outcomes, fault):
     others = {code for other, code in codes.items() if other != str(rank)}
     assert others == {1}, (codes, text)  # of their own accord, before anyone killed them
     assert died < START_S + TIMEOUT_S + 2, text
+
+
+@pytest.mark.parametrize("parent", [0, 2**22 + 1])  # none, as of a container's first process; and one that has gone
+def test_the_process_ends_whatever_its_parent_is(parent):
+    program = f"import os\nfrom moba_train.parallel import watchdog\nos.getppid = lambda: {parent}\nwatchdog._leave()\n"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=os.environ | {"MASTER_PORT": "1"}, timeout=60)
+    assert done.returncode == 1
