@@ -149,7 +149,7 @@ def _look(rank, world_size, data, root):
     found["resumed"] = run.config.attention.dense_last_layers
     found["not looked"] = [train_step(run, stop_requested=False).loss for _ in range(2)]
     # A run that has no step left to do is looked at all the same.
-    run.config = dataclasses.replace(run.config, train=dataclasses.replace(run.config.train, steps=run.step))
+    run.stage = dataclasses.replace(run.stage, end=run.step)
     loop._train(run, loop._StopSignal())
     found["at the end"] = read_metrics(run.folder) if rank == 0 else []
     parallel_state.destroy_model_parallel()
