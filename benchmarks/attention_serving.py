@@ -6,12 +6,8 @@ and attention to the picks. Forward only.
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable
-
 import torch
-from attention_shapes import SETTINGS, K
-from torch import Tensor
+from attention_shapes import SETTINGS, K, median_ms
 
 from moba_train.attention import SequenceInfo, block_means, full_attention, moba_attention, select_from_means
 
@@ -58,23 +54,11 @@ def _times(name: str, columns: list[str], documents: int, queries: int, keys: in
     for column in columns:
         what, _, backend = column.partition(" ")
         if what == "gate":
-            times[column] = _median(lambda: select_from_means(q, means, seq, **sizes))
+            times[column] = median_ms(lambda: select_from_means(q, means, seq, **sizes))
         elif what == "moba":
-            times[column] = _median(lambda b=backend: moba_attention(q, k, v, seq, **sizes, picks=picks, backend=b)[0])
+            times[column] = median_ms(
+                lambda b=backend: moba_attention(q, k, v, seq, picks=picks, backend=b, **sizes)[0]
+            )
         else:
-            times[column] = _median(lambda b=backend: full_attention(q, k, v, seq, backend=b)[0])
+            times[column] = median_ms(lambda b=backend: full_attention(q, k, v, seq, backend=b)[0])
     return times
-
-
-def _median(run: Callable[[], Tensor]) -> float:
-    for _ in range(2):
-        run()
-    times = []
-    for _ in range(10):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)

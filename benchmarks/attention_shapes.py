@@ -6,6 +6,7 @@ backward.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
@@ -17,7 +18,19 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from moba_train.attention import SequenceInfo, flash_library, moba_attention, reference, select_blocks
 
-__all__ = ["DENSE", "MOBA", "SETTINGS", "Attention", "K", "Setting", "error_of", "inputs", "is_moba", "kernel"]
+__all__ = [
+    "DENSE",
+    "MOBA",
+    "SETTINGS",
+    "Attention",
+    "K",
+    "Setting",
+    "error_of",
+    "inputs",
+    "is_moba",
+    "kernel",
+    "median_ms",
+]
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 K = 1024
@@ -157,3 +170,16 @@ def error_of(backend: str, setting: Setting) -> float:
     ]
     # Outputs may err twice as much as torch, gradients thrice: scaled, one limit serves.
     return max(1.5 * errors[0], *errors[1:])
+
+
+def median_ms(run: Callable[[], Tensor]) -> float:
+    """Milliseconds of the device, the median of ten after two to warm up."""
+    times = []
+    for _ in range(12):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times[2:])

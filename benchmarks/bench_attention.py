@@ -21,14 +21,12 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from attention_report import Row, line, write
 from attention_serving import serving
-from attention_shapes import DENSE, MOBA, SETTINGS, Attention, K, Setting, error_of, inputs, is_moba, kernel
-from torch import Tensor
+from attention_shapes import DENSE, MOBA, SETTINGS, Attention, K, Setting, error_of, inputs, is_moba, kernel, median_ms
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -335,19 +333,7 @@ def _errors_section(errors: dict[str, float]) -> str:
 def _copy_bandwidth() -> float:
     source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    return 2 * source.numel() / _median(lambda: target.copy_(source)) * 1e3
-
-
-def _median(run: Callable[[], Tensor]) -> float:
-    times = []
-    for _ in range(8):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
+    return 2 * source.numel() / median_ms(lambda: target.copy_(source)) * 1e3
 
 
 def _ratio(numerator: float | None, denominator: float | None) -> float | None:

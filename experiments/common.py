@@ -38,6 +38,7 @@ __all__ = [
     "table",
     "train_all",
     "verdict",
+    "without_folder",
 ]
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -158,10 +159,8 @@ def environment(packages: Sequence[str], setting: Sequence[str], quick: bool) ->
     """What a page says of how its numbers came about: command, device, versions, data, date and `setting`."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "megatron-core", *packages)}
     program = f"experiments.{Path(sys.argv[0]).parent.name}.{Path(sys.argv[0]).stem}"
-    # The last part of anybody's folder is enough.
-    given = [str(Path(argument).name) if Path(argument).is_absolute() else argument for argument in sys.argv[1:]]
     return {
-        "command": shlex.join(["python", "-m", program, *given]),
+        "command": shlex.join(["python", "-m", program, *map(without_folder, sys.argv[1:])]),
         "device": devices.device_name(),
         "versions": {"Python": platform.python_version(), **versions},
         "packages": list(packages),
@@ -169,6 +168,12 @@ def environment(packages: Sequence[str], setting: Sequence[str], quick: bool) ->
         "setting": [o for o in setting if not Path(o.partition("=")[2]).is_absolute()],
         "quick": quick,
     }
+
+
+def without_folder(argument: str) -> str:
+    """A path, or the path behind `key=`, without anybody's folders: its last part is enough."""
+    key, equals, value = argument.rpartition("=")
+    return f"{key}{equals}{Path(value).name}" if Path(value).is_absolute() else argument
 
 
 def provenance(told: dict[str, Any]) -> list[str]:

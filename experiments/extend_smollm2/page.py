@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+
+from experiments.common import table
 
 __all__ = ["draw", "losses_by_eighth", "verdicts", "write_page", "write_results"]
 
@@ -77,7 +78,7 @@ def write_page(results: dict[str, Any]) -> str:
         f"# SmolLM2-135M-Instruct from {original} to {length} tokens, MoBA against full attention",
         f"`{results['command']}`",
         f"{results['device']}; {versions}, Python {results['python']}; {results['date']}.",
-        _table(
+        table(
             ["criterion, nats per token", "measured", "at most", ""],
             *(
                 [name, f"{value:+.4f}", f"{bound:g}", "met" if value <= bound else "not met"]
@@ -86,7 +87,7 @@ def write_page(results: dict[str, Any]) -> str:
         ),
         "![training loss, loss by position, passkeys](results.png)",
         f"## Loss by position, nats per token: the first {length} of each of {documents} validation documents",
-        _table(
+        table(
             ["model", "all", *(f"{i}/{EIGHTHS}" for i in range(1, EIGHTHS + 1))],
             *([_NAMES[name], *(f"{loss:.4f}" for loss in losses_by_eighth(results, name))] for name in found),
             ["MoBA less full, trained", *(f"{gap:+.4f}" for gap in moba_gap)],
@@ -100,7 +101,7 @@ def write_page(results: dict[str, Any]) -> str:
         "## Passkeys: greedy decoding would give the key, and how often the key is likelier than another number",
         _passkeys(results),
         "## Training",
-        _table(
+        table(
             ["arm", "layers", "steps", "first loss", "last loss", "peak memory, GiB"],
             *(
                 [
@@ -168,7 +169,7 @@ def _paired(results: dict[str, Any]) -> list[str]:
         "Each eighth is other text, and some text is harder for every model, whatever it has seen before. So below the "
         f"same tokens are predicted twice: from everything before them, and from their last {context} at most (three "
         "quarters of that at least). A difference below 0 is what the tokens further back are worth.",
-        _table(
+        table(
             ["whole context less its end", *(f"{i}/{EIGHTHS}" for i in range(1, EIGHTHS + 1))],
             *([_NAMES[name], *(f"{gain:+.4f}" for gain in worth(results, name))] for name in ("full", "moba")),
         ),
@@ -188,7 +189,7 @@ def _passkeys(results: dict[str, Any]) -> str:
     cells = results["evaluations"][names[0]]["passkey"]
     depths = sorted({cell["depth"] for cell in cells})
     samples = f"{cells[0]['samples']} keys a cell"
-    return _table(["model", f"length ({samples})", *(f"depth {depth:g}" for depth in depths)], *rows)
+    return table(["model", f"length ({samples})", *(f"depth {depth:g}" for depth in depths)], *rows)
 
 
 def _grid(cells: list[dict[str, Any]], measure: str) -> tuple[list[int], list[float], list[list[float]]]:
@@ -229,8 +230,3 @@ def _last(losses: dict[Any, float]) -> float:
 
 def _tokens(count: int) -> str:
     return f"{count // 1024}K" if count % 1024 == 0 else str(count)
-
-
-def _table(head: Sequence[Any], *rows: Sequence[Any]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)

@@ -10,9 +10,9 @@ after: loss by position and a passkey grid. YaRN stretches the positions. Then w
 picture; the second form writes the last two again from the first.
 
 On GPUs the arms and the evaluations of the model before run side by side, dealt to as many as there are; on a CPU one
-after another. What is finished
-is not run again, a stopped arm goes on from its checkpoint; after --minutes everything is stopped so. `--quick` shows
-on a CPU that everything works, in ten minutes; its numbers mean nothing and are not put beside this file.
+after another. What is finished is not run again, a stopped arm goes on from its checkpoint; after --minutes everything
+is stopped so. `--quick` shows on a CPU that everything works, in ten minutes; its numbers mean nothing and are not put
+beside this file.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT))  # also where the project is not installed
 
+from experiments.common import without_folder  # noqa: E402
 from experiments.extend_smollm2.page import write_results  # noqa: E402
 
 GRACE_S = 60  # for a checkpoint after a stop
@@ -342,7 +343,8 @@ def _results(args: argparse.Namespace, plan: Plan, out: Path) -> dict[str, Any]:
         evaluations[path.parent.name] = {key: found[key] for key in ("layers", "loss_by_position", "passkey")}
         device = found["device"]
     info = dataset_info(out / "data")
-    given = ["--quick"] * args.quick + ([f"--steps {args.steps}"] if args.steps else []) + args.overrides
+    overrides = map(without_folder, args.overrides)
+    given = [*["--quick"] * args.quick, *([f"--steps {args.steps}"] if args.steps else []), *overrides]
     folders = ("checkpoint.init_from_hf=", "data.path=")
     return {
         "quick": args.quick,
@@ -354,7 +356,7 @@ def _results(args: argparse.Namespace, plan: Plan, out: Path) -> dict[str, Any]:
         "original": plan.original,
         "length": plan.length,
         "common": [override for override in plan.common if not override.startswith(folders)],
-        "arm_overrides": plan.arms,
+        "arm_overrides": {arm: [*map(without_folder, theirs)] for arm, theirs in plan.arms.items()},
         "data": {"train": asdict(info.train), "valid": asdict(info.valid)},
         "arms": arms,
         "evaluations": evaluations,

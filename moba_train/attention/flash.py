@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from moba_train.attention import flash_library, varlen
 from moba_train.attention.kernels.backward import row_terms
 from moba_train.attention.kernels.gather import gather, merge_parts, sum_parts
-from moba_train.attention.kernels.moba import forward_inputs, moba_forward
+from moba_train.attention.kernels.moba import dense_rows, forward_inputs, is_deterministic, moba_forward
 from moba_train.attention.kernels.routing import PairLists, route
 from moba_train.attention.sequence import SequenceInfo, copy_to
 from moba_train.attention.varlen import VarlenCall
@@ -62,7 +62,7 @@ def full_attention(
     """Attention over all keys of the document at or before each query. Otherwise as `moba_attention`."""
     _check(q_THD, scale)
     calls = varlen.pack(varlen.dense_calls(seq, q_THD.device))
-    return _Flash.apply(q_THD, k_SGD, v_SGD, None, calls, None, 0, scale, _deterministic(deterministic), None)
+    return _Flash.apply(q_THD, k_SGD, v_SGD, None, calls, None, 0, scale, is_deterministic(deterministic), None)
 
 
 def moba_attention(
@@ -99,7 +99,7 @@ def moba_attention(
     bounds = seq.once(("key bounds", block_size, q_THD.device), lambda: _key_bounds(seq, block_size, q_THD.device))
     longest = max(1, table.max_block)
     ahead = forward_inputs(seq, block_size, q_THD.device) if triton_forward else None
-    rest = (bounds, longest, scale, _deterministic(deterministic), ahead)
+    rest = (bounds, longest, scale, is_deterministic(deterministic), ahead)
     return _Flash.apply(q_THD, k_SGD, v_SGD, picks_THK, calls, *rest)
 
 
@@ -143,7 +143,7 @@ def _forward(
     block_size: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    q_THD, k_SGD, v_SGD = (_dense_rows(tensor) for tensor in (q_THD, k_SGD, v_SGD))
+    q_THD, k_SGD, v_SGD = (dense_rows(tensor) for tensor in (q_THD, k_SGD, v_SGD))
     calls = list(varlen.unpack(tensors, numbers))
     # Rows that no call reaches see nothing.
     whole = len(calls) == 1 and not calls[0].rows.numel() and calls[0].last - calls[0].first == q_THD.shape[0]
@@ -197,7 +197,7 @@ def _backward(
     scale: float,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    q_THD, k_SGD, v_SGD, dout_THD = (_dense_rows(tensor) for tensor in (q_THD, k_SGD, v_SGD, dout_THD))
+    q_THD, k_SGD, v_SGD, dout_THD = (dense_rows(tensor) for tensor in (q_THD, k_SGD, v_SGD, dout_THD))
     out_THD, lse_TH = out_THD.contiguous(), lse_TH.contiguous()
     dlse_TH = None if dlse_TH is None else dlse_TH.contiguous()
     options: dict[str, Any] = {"scale": scale, "deterministic": deterministic}
@@ -312,14 +312,6 @@ def _total(grads: list[tuple[Tensor, Tensor]], k_SGD: Tensor) -> tuple[Tensor, T
         dk_SGD += dk
         dv_SGD += dv
     return dk_SGD.to(k_SGD.dtype), dv_SGD.to(k_SGD.dtype)
-
-
-def _dense_rows(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _deterministic(deterministic: bool | None) -> bool:
-    return torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic
 
 
 def _check(q_THD: Tensor, scale: float) -> None:

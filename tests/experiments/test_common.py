@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from experiments import common
-from experiments.common import Training, environment, provenance, train_all
+from experiments.common import Training, environment, provenance, train_all, without_folder
 
 # Trains to the step that `stop_at` says, once; or fails; or waits to be told to stop.
 SCRIPT = """
@@ -91,3 +91,16 @@ def test_sources_of_packages() -> None:
     assert [Path(path).name for path in common.inputs(["numpy", "torch"])] == ["--input", "numpy", "torch"]
     with pytest.raises(SystemExit, match="no_such_package is not installed"):
         common.inputs(["no_such_package"])
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("/somewhere/runs", "runs"),
+        ("data.cache_dir=/somewhere/cache", "data.cache_dir=cache"),
+        ("train.steps=3", "train.steps=3"),
+        ("runs/here", "runs/here"),
+    ],
+)
+def test_nobodys_folders_are_told(given: str, kept: str) -> None:
+    assert without_folder(given) == kept

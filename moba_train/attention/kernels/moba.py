@@ -18,7 +18,7 @@ from moba_train.attention.kernels.forward import launch_forward
 from moba_train.attention.kernels.tiles import check_supported
 from moba_train.attention.sequence import SequenceInfo
 
-__all__ = ["forward_inputs", "full_attention", "moba_attention", "moba_forward"]
+__all__ = ["dense_rows", "forward_inputs", "full_attention", "is_deterministic", "moba_attention", "moba_forward"]
 
 
 def moba_attention(
@@ -45,10 +45,8 @@ def moba_attention(
     check_supported(q_THD)
     if not scale > 0:
         raise ValueError(f"softmax_scale must be positive, got {scale}")
-    if deterministic is None:
-        deterministic = torch.are_deterministic_algorithms_enabled()
     table = forward_inputs(seq, block_size, q_THD.device)
-    return _Attend.apply(q_THD, k_SGD, v_SGD, picks_THK, table, scale, deterministic)
+    return _Attend.apply(q_THD, k_SGD, v_SGD, picks_THK, table, scale, is_deterministic(deterministic))
 
 
 def full_attention(
@@ -112,7 +110,7 @@ def moba_forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """out [T, H, D] and natural-log lse [T, H]; of the blocks it takes `forward_inputs`. Not differentiable."""
-    q_THD, k_SGD, v_SGD, picks_THK = map(_dense_rows, (q_THD, k_SGD, v_SGD, picks_THK))
+    q_THD, k_SGD, v_SGD, picks_THK = map(dense_rows, (q_THD, k_SGD, v_SGD, picks_THK))
     return launch_forward(
         q_THD, k_SGD, v_SGD, picks_THK, key_start_N, key_end_N, query_start_N, query_end_N, limit_T, block_size,
         granularity, scale,
@@ -146,7 +144,7 @@ def _backward(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dlse_TH = None if dlse_TH is None else dlse_TH.contiguous()
-    q_THD, k_SGD, v_SGD, picks_THK, dout_THD = map(_dense_rows, (q_THD, k_SGD, v_SGD, picks_THK, dout_THD))
+    q_THD, k_SGD, v_SGD, picks_THK, dout_THD = map(dense_rows, (q_THD, k_SGD, v_SGD, picks_THK, dout_THD))
     return launch_backward(
         dout_THD, dlse_TH, q_THD, k_SGD, v_SGD, out_THD.contiguous(), lse_TH.contiguous(), picks_THK, key_start_N,
         key_end_N, query_start_N, query_end_N, limit_T, block_size, granularity, scale, deterministic,
@@ -158,6 +156,11 @@ def _(dout_THD, dlse_TH, q_THD, k_SGD, v_SGD, *_rest):
     return q_THD.new_empty(q_THD.shape), k_SGD.new_empty(k_SGD.shape), v_SGD.new_empty(v_SGD.shape)
 
 
-def _dense_rows(tensor: Tensor) -> Tensor:
-    # Kernels walk any token and head strides, but need each row's elements side by side.
+def is_deterministic(asked: bool | None) -> bool:
+    """What was asked, or torch's own switch."""
+    return torch.are_deterministic_algorithms_enabled() if asked is None else asked
+
+
+def dense_rows(tensor: Tensor) -> Tensor:
+    """Kernels walk any token and head strides, but need each row's elements side by side."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
