@@ -65,10 +65,10 @@ class Setting:
 
 GPU = Setting(
     length=None,
-    steps=200,
+    steps=160,
     batch=2,
-    block_size=128,
-    top_k=32,
+    block_size=64,
+    top_k=96,
     dense_last=5,
     characters=420_000,
     megabytes=96,
