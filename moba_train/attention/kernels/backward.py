@@ -117,6 +117,7 @@ def launch_backward(
 
 
 def row_terms(dout_THD: Tensor, dlse_TH: Tensor | None, out_THD: Tensor, lse_TH: Tensor) -> tuple[Tensor, Tensor]:
+    """lse in base 2 and delta of every row; lse and dlse are contiguous, dout and out in their rows."""
     num_tokens, num_heads, head_dim = out_THD.shape
     lse2_TH = torch.empty_like(lse_TH)
     delta_TH = torch.empty_like(lse_TH)
@@ -131,6 +132,8 @@ def row_terms(dout_THD: Tensor, dlse_TH: Tensor | None, out_THD: Tensor, lse_TH:
         rows,
         dout_THD.stride(0),
         dout_THD.stride(1),
+        out_THD.stride(0),
+        out_THD.stride(1),
         H=num_heads,
         D=head_dim,
         DP=padded_dim(head_dim),
@@ -150,6 +153,8 @@ def _row_terms_kernel(
     lse2_ptr,
     delta_ptr,
     num_rows,
+    stride_dt,
+    stride_dh,
     stride_ot,
     stride_oh,
     H: tl.constexpr,
@@ -162,9 +167,9 @@ def _row_terms_kernel(
     live = row < num_rows
     dim = tl.arange(0, DP)
     inside = live[:, None] & (dim < D)[None, :]
-    at = (row // H)[:, None] * stride_ot + (row % H)[:, None] * stride_oh + dim[None, :]
-    dout = tl.load(dout_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    out = tl.load(out_ptr + row[:, None] * D + dim[None, :], mask=inside, other=0.0).to(tl.float32)
+    t, h = (row // H)[:, None], (row % H)[:, None]
+    dout = tl.load(dout_ptr + t * stride_dt + h * stride_dh + dim[None, :], mask=inside, other=0.0).to(tl.float32)
+    out = tl.load(out_ptr + t * stride_ot + h * stride_oh + dim[None, :], mask=inside, other=0.0).to(tl.float32)
     delta = tl.sum(dout * out, axis=1)
     if HAS_DLSE:
         delta -= tl.load(dlse_ptr + row, mask=live, other=0.0)

@@ -152,9 +152,10 @@ def _backward(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dlse_TH = None if dlse_TH is None else dlse_TH.contiguous()
-    q_THD, k_SGD, v_SGD, picks_THK, dout_THD = map(dense_rows, (q_THD, k_SGD, v_SGD, picks_THK, dout_THD))
+    q_THD, k_SGD, v_SGD, picks_THK = map(dense_rows, (q_THD, k_SGD, v_SGD, picks_THK))
+    dout_THD, out_THD = dense_rows(dout_THD), dense_rows(out_THD)
     return launch_backward(
-        dout_THD, dlse_TH, q_THD, k_SGD, v_SGD, out_THD.contiguous(), lse_TH.contiguous(), picks_THK, key_start_N,
+        dout_THD, dlse_TH, q_THD, k_SGD, v_SGD, out_THD, lse_TH.contiguous(), picks_THK, key_start_N,
         key_end_N, query_start_N, query_end_N, limit_T, block_size, granularity, scale, deterministic,
     )  # fmt: skip
 
