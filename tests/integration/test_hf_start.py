@@ -1,6 +1,7 @@
 """Training from a Hugging Face folder, directly or converted first, in any layout; resumed; and out again."""
 
 import json
+import logging
 import shutil
 
 import pytest
@@ -77,11 +78,28 @@ def _in_one_process(rank, world_size, data, root, folder, tokens):
     found["goes on"] = losses(config_of(data, root / "goes-on", f"checkpoint.init_from_hf={root / 'gone'}", *YARN), 1)
     found["straight"] = losses(config_of(data, root / "straight", f"checkpoint.init_from_hf={folder}", *YARN), 3)
     losses(compose([*SMALL, f"data.path={data}", f"run.dir={root / 'scratch'}"]), 0, save=True)
+    found["said"] = {}
+    for name, overrides in {"stretched": [], "same": YARN, "epsilon": [*YARN, "model.norm_epsilon=1e-3"]}.items():
+        load = [f"checkpoint.load={root / 'direct-one'}", "checkpoint.load_weights_only=true"]
+        found["said"][name] = _said(config_of(data, root / f"said-{name}", *load, *shape, *overrides))
     found["logits"] = {}
     for name in ("one", "tensor", "pipeline"):
         load = [f"checkpoint.load={root / f'direct-{name}'}", "checkpoint.load_weights_only=true"]
         found["logits"][name] = _core_logits(config_of(data, root / f"logits-{name}", *load, *shape, *YARN), tokens)
     return found
+
+
+def _said(config):
+    """What the log has while a run is set up."""
+    lines = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logger = logging.getLogger("moba_train")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    losses(config, 0)
+    logger.removeHandler(handler)
+    return lines
 
 
 def _core_logits(config, tokens):
@@ -136,6 +154,16 @@ def test_a_trained_run_is_exported_and_is_the_same_model_in_transformers(layout,
     assert (back / "tokenizer.json").is_file()
     assert "yarn" in checkpoint_folder.read_metadata(run / "checkpoints" / "step_00000002").rope
     assert_close(started["logits"][layout], hf_logits(back, TOKENS, [len(TOKENS)]), torch.float32)
+
+
+def test_another_rotary_embedding_or_norm_than_the_checkpoints_is_said(started):
+    stretched, same, epsilon = (
+        [line for line in started["said"][name] if "the checkpoint" in line]
+        for name in ("stretched", "same", "epsilon")
+    )
+    assert ["rotary embedding was another: yarn, base 10000" in line for line in stretched] == [True]
+    assert same == []
+    assert ["model.norm_epsilon was 1e-05" in line for line in epsilon] == [True]
 
 
 def test_a_run_from_scratch_is_exported_with_the_tokenizer_of_its_data(started, root, data, tmp_path):
