@@ -175,6 +175,18 @@ def test_a_run_from_scratch_is_exported_with_the_tokenizer_of_its_data(started, 
     assert hf_logits(tmp_path / "hf", torch.arange(9), [9]).shape == (9, 512)
 
 
+def test_chat_rows_have_the_folders_tokenizer_unless_another_is_named(root, data, folder, tmp_path):
+    rows = ["data.path=null", "sft.path=chats.jsonl", f"checkpoint.init_from_hf={folder}"]
+    assert config_of(data, tmp_path, *rows).sft.tokenizer == str(folder)
+    assert config_of(data, tmp_path, *rows, "model=tiny").sft.tokenizer == str(folder)
+    named = f"sft.tokenizer={data / 'tokenizer'}"
+    assert config_of(data, tmp_path, *rows, named).sft.tokenizer == str(data / "tokenizer")
+    assert config_of(data, tmp_path, f"checkpoint.init_from_hf={folder}").sft.tokenizer is None
+    kept = shutil.copytree(folder, tmp_path / "run" / "hf")
+    gone = config_of(data, tmp_path / "run", *rows[:2], f"checkpoint.init_from_hf={tmp_path / 'gone'}")
+    assert gone.sft.tokenizer == str(kept)
+
+
 def test_what_does_not_fit_is_refused_before_the_launch(started, root, data, folder, tmp_path):
     start = f"checkpoint.init_from_hf={folder}"
 
