@@ -65,7 +65,7 @@ class Setting:
 
 GPU = Setting(
     length=None,
-    steps=160,
+    steps=128,
     batch=2,
     block_size=64,
     top_k=96,
