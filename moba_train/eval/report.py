@@ -22,7 +22,8 @@ def print_tables(title: str, losses: Sequence[PositionLoss], cells: Sequence[Cel
     """Loss in eighths of each length, and a line of depths for each length of the passkey grid."""
     console = Console()
     if losses:
-        table = Table(title=f"{title}: loss by position, nats per token", title_justify="left")
+        console.print(f"{title}: loss by position, nats per token", highlight=False, soft_wrap=True)
+        table = Table()
         for heading in ("part of the length", *(_tokens(loss) for loss in losses)):
             table.add_column(heading, justify="right", no_wrap=True)
         table.add_row("documents", *(str(loss.documents) for loss in losses))
@@ -32,7 +33,8 @@ def print_tables(title: str, losses: Sequence[PositionLoss], cells: Sequence[Cel
         console.print(table)
     for name, show in _measures(cells):
         depths = sorted({cell.depth for cell in cells})
-        table = Table(title=f"{title}: passkey, {name}", title_justify="left")
+        console.print(f"{title}: passkey, {name}", highlight=False, soft_wrap=True)
+        table = Table()
         for heading in ("length", *(f"depth {depth:g}" for depth in depths)):
             table.add_column(heading, justify="right", no_wrap=True)
         for length in sorted({cell.length for cell in cells}):
