@@ -6,8 +6,8 @@
 Random weights in several shards, with the tokenizer of the prepared text. The folder is converted to a core checkpoint
 and back (compared bit by bit), trained for a few steps in bf16 with MoBA (block 512, top 12, last layer full) and full
 recomputation on one GPU, exported, and imported again: every tensor of the second checkpoint equals the first's. Prints
-a table and writes it to results.md in the run's folder. `--quick` does it with a tiny shape at 2K, on a CPU in minutes.
-What is done is not done again; a folder begun with other settings is refused.
+a page with a table and writes it to results.md in the run's folder. `--quick` does it with a tiny shape at 2K, on a CPU
+in minutes. What is done is not done again; a folder begun with other settings is refused.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # also where the project is not installed
 
-from experiments.common import Training, prepared, run, table  # noqa: E402
+from experiments.common import Training, environment, prepared, provenance, run, table  # noqa: E402
 
 SHARD = "700MB"
 
@@ -105,10 +105,11 @@ def main() -> int:
         ("tokens/s, last step", f"{last['tokens_per_second']:,.0f}"),
         ("TFLOP/s, last step (model FLOPs)", f"{last['tflops_per_gpu']:.0f}"),
         ("peak memory, GiB", f"{last['memory_gib']:.1f}"),
-        ("device", devices.device_name()),
         *((f"seconds: {name}", f"{seconds:.0f}") for name, seconds in clock.seconds.items()),
     ]
-    page = table(["", ""], *rows)
+    shape = "A tiny" if args.quick else "The 1B"
+    title = f"# {shape} shape: imported, trained at {setting.length:,}, exported, imported again"
+    page = "\n\n".join([title, *provenance(environment((), training.overrides, args.quick)), table(["", ""], *rows)])
     (out / "results.md").write_text(page + "\n", encoding="utf-8")
     print(page)
     return 0

@@ -224,7 +224,7 @@ class CheckpointConfig:
     """Saving and starting points."""
 
     save_every: int = 0  # steps; 0: only at the end and on a signal
-    keep_last: int = 2
+    keep_last: int = 2  # and those that stages ended with
     resume: bool = True  # go on from run.dir's latest checkpoint when there is one
     load: str | None = None  # start from this checkpoint (a run folder or one of its step folders)
     load_weights_only: bool = False  # with load: fresh optimizer, schedule and data position
