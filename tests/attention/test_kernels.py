@@ -252,24 +252,29 @@ def test_compiled_model_gives_the_same(backend: str) -> None:
 
 
 def test_more_elements_than_32_bits_count() -> None:
-    # 2^31 elements end inside q; the last document alone must give the same answer.
+    # 2^31 elements end inside q; the last document alone must give the same answer and gradients.
     lengths, heads, key_heads, head_dim, block_size = [260_000, 3_000], 64, 1, 128, 512
     cu_seqlens = [0, *accumulate(lengths)]
     generator = torch.Generator("cuda").manual_seed(0)
-    shape = (cu_seqlens[-1], heads, head_dim)
-    q_THD = torch.empty(shape, dtype=torch.bfloat16, device="cuda").normal_(generator=generator)
-    assert q_THD.numel() > 2**31
-    k_SGD, v_SGD = (
-        torch.empty(shape[0], key_heads, head_dim, dtype=torch.bfloat16, device="cuda").normal_(generator=generator)
-        for _ in range(2)
+    q, k, v, dout = (
+        torch.empty(cu_seqlens[-1], count, head_dim, dtype=torch.bfloat16, device="cuda").normal_(generator=generator)
+        for count in (heads, key_heads, key_heads, heads)
     )
-    sizes = {"block_size": block_size, "top_k": 3}
-    with torch.no_grad():
-        out_THD, lse_TH = moba_attention(q_THD, k_SGD, v_SGD, SequenceInfo(cu_seqlens), **sizes)
-        tail = slice(lengths[0], None)
-        expected = moba_attention(q_THD[tail], k_SGD[tail], v_SGD[tail], SequenceInfo([0, lengths[1]]), **sizes)
-    assert torch.equal(out_THD[tail], expected[0])
-    assert torch.equal(lse_TH[tail], expected[1])
+    assert q.numel() > 2**31
+
+    def run(seq: SequenceInfo, rows: slice) -> list[Tensor]:
+        leaves = [x[rows].detach().requires_grad_() for x in (q, k, v)]
+        out, lse = moba_attention(*leaves, seq, block_size=block_size, top_k=3)
+        grads = torch.autograd.grad(out, leaves, dout[rows])
+        return [x.detach()[-lengths[1] :].clone() for x in (out, lse, *grads)]
+
+    tail = slice(lengths[0], cu_seqlens[-1])
+    expected = run(SequenceInfo([0, lengths[1]]), tail)
+    actual = run(SequenceInfo(cu_seqlens), slice(0, cu_seqlens[-1]))
+    assert torch.equal(actual[0], expected[0])
+    assert torch.equal(actual[1], expected[1])
+    for got, want in zip(actual[2:], expected[2:], strict=True):
+        torch.testing.assert_close(got, want, rtol=2**-6, atol=2**-6)
 
 
 _SANITIZED = """
