@@ -188,7 +188,8 @@ def _help(doc: str) -> str:
             "Choose (files in recipes/):",
             *groups,
             "",
-            "Any key can be overridden as key=value (a.b=c for nested ones). Defaults before the recipe's values:",
+            "Any key can be overridden as key=value (a.b=c for nested ones); what each means: "
+            "moba_train/config/schema.py. Defaults before the recipe's values:",
             *keys,
             "",
             "  --cfg job   print the resolved configuration and exit",

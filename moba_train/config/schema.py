@@ -7,8 +7,10 @@ Invariant: a `RunConfig` is never changed after it was built.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -348,14 +350,16 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
     if hint is int and isinstance(value, float) and value.is_integer():  # tokens: 1e9
         return int(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        value = float(value)
     if hint is float and isinstance(value, str):  # YAML 1.1 reads 3e-4 as a string
-        try:
-            return float(value)
-        except ValueError:
-            pass
+        with contextlib.suppress(ValueError):
+            value = float(value)
     if hint is str and isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise ConfigError(key, value, f"expects {hint.__name__}, got {type(value).__name__}")
+    if value == "":
+        raise ConfigError(key, value, "is empty; give a value, or leave the key out")
+    if hint is float and not math.isfinite(value):
+        raise ConfigError(key, value, "must be a finite number")
     return value
