@@ -136,8 +136,8 @@ class AttentionConfig:
     full_layers: tuple[int, ...] = ()  # layers, numbered from 0, that are full whatever the pattern says
     overrides: tuple[LayerOverride, ...] = ()
     schedule: tuple[AttentionPhase, ...] = ()  # before the first phase begins, the keys above alone hold
-    force_first_block: bool = False  # the first block of a document, the attention sink, is always picked, likewise
-    force_previous_block: bool = False  # the block before a query's own is always picked, as one of top_k
+    force_first_block: bool = False  # the first block of a document (the sink) is always picked, as one of top_k
+    force_previous_block: bool = False  # the block before a query's own is always picked, likewise
     share_picks_in_group: bool = False  # the query heads of a key head pick together, by their mean query
     key_conv: int = 0  # width of a causal convolution on the keys of every layer (model/key_conv.py); 0: none
     backend: str = "auto"  # of MoBA layers: auto | reference | portable | triton | flash | mixed (attention/README.md)
