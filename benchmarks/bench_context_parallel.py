@@ -1,14 +1,13 @@
 """Context parallelism: time against the ideal, peak memory against its formula, balance of layouts, cost on one GPU.
 
-    torchrun --standalone --nproc-per-node 2 benchmarks/bench_context_parallel.py plumbing balance scaling --budget 190
-    torchrun --standalone --nproc-per-node 2 benchmarks/bench_context_parallel.py memory
+    torchrun --standalone --nproc-per-node 2 benchmarks/bench_context_parallel.py plumbing memory balance scaling
 
-scaling: forward and backward of one attention layer under every strategy, with and without overlap. The ideal is the
-time of the same rows on one device over the number of devices, for weak scaling (rows a device held) as for strong
-(rows in all held): full attention's work grows with the square of the rows, so time at constant rows a device says
-nothing by itself. memory: what communication adds to an op that itself needs nothing but its results. balance: the
-busiest rank's attention time over the mean, by layout; one device plays every rank in turn. plumbing: the op wrapped
-for a group of one rank over the bare op.
+scaling: forward and backward of one attention layer under every strategy, with and without overlap. What does not give
+one device's results, at the shortest length, is not timed. The ideal is the time of the same rows on one device over
+the number of devices, for weak scaling (rows a device held) as for strong (rows in all held): full attention's work
+grows with the square of the rows, so time at constant rows a device says nothing by itself. memory: what communication
+adds to an op that itself needs nothing but its results. balance: the busiest rank's attention time over the mean, by
+layout; one device plays every rank in turn. plumbing: the op wrapped for a group of one rank over the bare op.
 Writes context_parallel_<device>_<date>.md, .csv and .png after every measurement; what no longer fits the budget is
 left out and said. Runs on CPUs too (gloo, `--quick`), to show that it works, not how fast.
 
@@ -31,6 +30,8 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from context_parallel_check import LIMITS, error_of, results
+from context_parallel_memory import peak_of, stand_in
 from context_parallel_report import HEADER, Row, line, series, write
 from torch import Tensor
 
@@ -47,15 +48,20 @@ UNKNOWN_S = 20.0  # of a first run: kernels are compiled
 
 
 class Variant(NamedTuple):
-    """How an op is shared. gather_heads: of all_gather alone."""
+    """How an op is shared. gather_heads: of all_gather alone; layout: not of all_to_all, which attends to all rows."""
 
     strategy: str
     gather_heads: int | None
     overlap: bool
+    layout: str
 
     def __str__(self) -> str:
         heads = "" if self.gather_heads is None else f", {self.gather_heads} heads"
-        return f"{self.strategy}{heads}"
+        layout = "" if self.layout == "zigzag" else f", {self.layout}"
+        return f"{self.strategy}{heads}{layout}"
+
+    def wrap(self, op: Callable, group: dist.ProcessGroup) -> Callable:
+        return wrap(op, group, **self._asdict() | {"layout": LAYOUTS[self.layout]})
 
 
 class Bench:
@@ -70,6 +76,7 @@ class Bench:
         self.about = f"{shape}, {'bf16' if CUDA else 'fp32'}"
         self.sections: dict[str, list[str]] = {}
         self.rows: list[Row] = []
+        self.whole: dict[str, list[Tensor]] = {}  # op -> its results on one device, to check shared ones by
 
     def left_s(self) -> float:
         left = torch.tensor(self.options.budget - (time.monotonic() - self.began), device=DEVICE)
@@ -118,15 +125,28 @@ class Bench:
         return expected_s * (1 + min(self.options.repeats, max(1, self.options.seconds // expected_s)))
 
 
+class Kernels(logging.Handler):
+    """What the package logs, which kernels serve the ops, as a section of the page."""
+
+    def __init__(self, bench: Bench) -> None:
+        super().__init__()
+        self.bench = bench
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.bench.say("kernels", f"- {record.getMessage()}")
+
+
 def main() -> None:
     options = parse()
-    logging.basicConfig(format="%(message)s", level=logging.INFO)  # which kernels serve the ops
     backend = "nccl" if CUDA else "gloo"
     if CUDA:
         torch.cuda.set_device(DEVICE)
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group(backend, device_id=DEVICE if CUDA else None, **alone)
     bench = Bench(options)
+    log = logging.getLogger("moba_train")
+    log.setLevel(logging.INFO)
+    log.addHandler(Kernels(bench))
     for name in options.what:
         MODES[name](bench)
     bench.say("end", f"{time.monotonic() - bench.began:.0f} s in all")
@@ -147,6 +167,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--gather-heads", type=int, nargs="+", default=[4])
     parser.add_argument("--ops", nargs="+", default=["512x12", "4096x12", "full"], help="full, or block size x top-k")
     parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES))
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=["zigzag"], help="of MoBA's rows")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1.0, help="of repetitions a measurement")
     parser.add_argument("--budget", type=float, default=math.inf, help="seconds; what would exceed it is left out")
@@ -173,20 +194,13 @@ def title(name: str) -> str:
 
 def scaling(bench: Bench) -> None:
     options, size = bench.options, bench.size
-    variants = [
-        Variant(strategy, heads, overlap)
-        for strategy in options.strategies
-        for heads in (options.gather_heads if strategy == "all_gather" else [None])
-        for overlap in (True, False)
-    ]
     for text in HEADER:
         bench.say("scaling", text)
     one: dict[tuple[str, int], float] = {}
-    seen: set[tuple[str, Variant]] = set()
+    seen: dict[tuple[str, Variant], bool] = {}  # whether it passed its check
     left_out: list[str] = []
-    # What a budget cuts is the end: without overlap, the longest rows.
-    parts = itertools.product((True, False), sorted(options.lengths), options.ops)
-    for overlap, length, name in parts:
+    # What a budget cuts is the end: the longest rows.
+    for length, name in itertools.product(sorted(options.lengths), options.ops):
         for rows in sorted({length // size, length}):  # of weak scaling one device's share, too
             if (name, rows) in one:
                 continue
@@ -200,23 +214,56 @@ def scaling(bench: Bench) -> None:
             left_out.append(f"{title(name)}, {length} rows: no time of one device to compare with")
             continue
         ideal = one[name, length] / size
-        seq = SequenceInfo([0, length], zigzag(length, size).positions(bench.rank))
-        for variant in variants:
-            if variant.overlap is not overlap:
-                continue
-            guess = ideal if (name, variant) in seen else None
+        for variant in variants_of(name, options):
+            known = (name, variant) in seen
+            guess = ideal if known else None
             if bench.left_s() < bench.cost_s(guess):
                 left_out.append(f"{title(name)}, {length} rows, {variant}, overlap {variant.overlap}")
                 continue
+            if not known:
+                seen[name, variant] = passes(bench, name, variant)
+            if not seen[name, variant]:
+                continue
             op, settings = op_of(name)
-            op = wrap(op, bench.group, **variant._asdict())
-            seconds = bench.timed(step(op, settings, options, length // size, seq), guess)
-            seen.add((name, variant))
+            seq = SequenceInfo([0, length], LAYOUTS[variant.layout](length, size).positions(bench.rank))
+            call = step(variant.wrap(op, bench.group), settings, options, length // size, seq)
+            seconds = bench.timed(call, guess)
             times = (1e3 * seconds, 1e3 * one[name, length], 1e3 * ideal)
             row = (title(name), length, size, series(length, size), str(variant), variant.overlap)
             add(bench, Row(*row, *times, ideal / seconds))
     for what in left_out:
         bench.say("left out for want of time", f"- {what}")
+
+
+def variants_of(name: str, options: argparse.Namespace) -> list[Variant]:
+    """All ways to share the op. One document of full attention is balanced by the first layout already."""
+    return [
+        Variant(strategy, heads, overlap, layout)
+        for strategy in options.strategies
+        for heads in (options.gather_heads if strategy == "all_gather" else [None])
+        for layout in (options.layouts[:1] if strategy == "all_to_all" or name == "full" else options.layouts)
+        for overlap in (True, False)
+    ]
+
+
+def passes(bench: Bench, name: str, variant: Variant) -> bool:
+    """Whether every row of the shared op's output and gradients is one device's, at the shortest length."""
+    (op, settings), length = op_of(name), min(bench.options.lengths)
+    torch.manual_seed(0)  # the same rows on all ranks
+    whole = [x.detach() for x in tensors(bench.options, length)]
+    whole.append(torch.randn_like(whole[0]))
+    if name not in bench.whole:
+        bench.whole[name] = results(op, settings, whole, SequenceInfo([0, length]))
+    positions = LAYOUTS[variant.layout](length, bench.size).positions(bench.rank)
+    rows = torch.tensor(positions, device=DEVICE)
+    wrapped = variant.wrap(op, bench.group)
+    found = results(wrapped, settings, [x[rows] for x in whole], SequenceInfo([0, length], positions))
+    error = error_of(found, [x[rows] for x in bench.whole[name]], bench.group)
+    passed = error <= LIMITS[whole[0].dtype]
+    if not passed:
+        what = f"{title(name)}, {variant}, overlap {variant.overlap}"
+        bench.say("refused", f"- {what}: a row is off by {error:.2g} of its size from one device's")
+    return passed
 
 
 def expected(one: dict[tuple[str, int], float], name: str, rows: int) -> float | None:
@@ -298,25 +345,6 @@ def memory(bench: Bench) -> None:
         bench.say("memory", f"| {length} | {strategy} | {'yes' if overlap else 'no'} | {numbers} |")
 
 
-class _StandIn(torch.autograd.Function):
-    """Saves and returns what attention does, computes nothing: all memory above it is communication's."""
-
-    @staticmethod
-    def forward(ctx, q_THD: Tensor, k_SGD: Tensor, v_SGD: Tensor):
-        out, lse = torch.empty_like(q_THD), q_THD.new_zeros(q_THD.shape[:2], dtype=torch.float32)
-        ctx.save_for_backward(q_THD, k_SGD, v_SGD, out, lse)
-        return out, lse
-
-    @staticmethod
-    def backward(ctx, grad_out: Tensor, grad_lse: Tensor):
-        q_THD, k_SGD, v_SGD, _, _ = ctx.saved_tensors
-        return torch.empty_like(q_THD), torch.empty_like(k_SGD), torch.empty_like(v_SGD)
-
-
-def stand_in(q_THD: Tensor, k_SGD: Tensor, v_SGD: Tensor, seq: SequenceInfo) -> tuple[Tensor, Tensor]:
-    return _StandIn.apply(q_THD, k_SGD, v_SGD)
-
-
 def log_normal(length: int, mean: float = 8192, sigma: float = 1.5) -> list[int]:
     """Bounds of packed documents of log-normal lengths."""
     generator = torch.Generator().manual_seed(0)
@@ -344,16 +372,6 @@ def step(
 def both_ways(op: Callable, settings: dict[str, int], leaves: list[Tensor], grad: Tensor, seq: SequenceInfo) -> None:
     out, _ = op(*leaves, seq, **settings)
     torch.autograd.grad(out, leaves, grad)
-
-
-def peak_of(call: Callable[[], object]) -> tuple[int, object]:
-    """Bytes that `call` had allocated at its peak above those before, and its result."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    result = call()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before, result
 
 
 def synchronize() -> None:

@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import torch
 
+from moba_train.attention import flash_library
+
 __all__ = ["HEADER", "Row", "line", "series", "write"]
 
 HEADER = (
@@ -65,14 +67,15 @@ def write(rows: list[Row], sections: dict[str, list[str]], about: str, folder: P
     lines = [
         f"# Context parallelism on {size} x {device}, {today}",
         "",
-        f"torch {torch.__version__}, CUDA {torch.version.cuda}, Python {platform.python_version()}. {about}, random "
-        "inputs; forward and backward; wall-clock time of the slowest rank.",
+        f"torch {torch.__version__}, CUDA {torch.version.cuda}, FlashAttention 4 {flash_library.version()}, "
+        f"Python {platform.python_version()}. {about}, random inputs; forward and backward; wall-clock time of the "
+        "slowest rank.",
         "Ideal: one device's time for the same rows in all, over the number of devices.",
         "",
         f"Command: `{' '.join(sys.argv)}`",
     ]
     for section, text in sections.items():
-        lines += ["", f"## {section.capitalize()}", "", *text]
+        lines += ["", f"## {section.capitalize()}", "", *(_table(rows) if section == "scaling" else text)]
     stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
     if not rows:
         return
@@ -82,6 +85,26 @@ def write(rows: list[Row], sections: dict[str, list[str]], about: str, folder: P
         writer.writerows(rows)
     if "end" in sections:
         _draw(rows, stem.with_suffix(".png"))
+
+
+def _table(rows: list[Row]) -> list[str]:
+    """All rows by op and length, a strategy with and without overlap side by side."""
+    cells: dict[tuple, dict[bool, Row]] = {}
+    for row in sorted(rows, key=lambda row: (row.op, row.rows_in_all, row.devices)):
+        cells.setdefault((row.op, row.rows_in_all, row.devices, row.series, row.strategy), {})[row.overlap] = row
+    lines = [
+        "| op | rows in all | devices | series | strategy | ms | of ideal | ms without overlap | of ideal | ideal |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for (*names, devices, series, strategy), found in cells.items():
+        if devices == 1:
+            times = [f"{found[False].ms:.2f}", "", "", "", ""]
+        else:
+            pairs = [found.get(overlap) for overlap in (True, False)]
+            times = [x for row in pairs for x in ((f"{row.ms:.2f}", f"{100 * row.share:.1f} %") if row else ("", ""))]
+            times.append(f"{next(iter(found.values())).ideal_ms:.2f}")
+        lines.append("| " + " | ".join(map(str, (*names, devices, series, strategy, *times))) + " |")
+    return lines
 
 
 def _draw(rows: list[Row], path: Path) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from moba_train.attention import SequenceInfo
 from moba_train.context_parallel.comm import Pending, pipelined, start_all_gather, start_reduce_scatter
+from moba_train.context_parallel.copies import copy_into
 from moba_train.context_parallel.layout import Layout
 from moba_train.context_parallel.rows import natural_order, to_rank_order
 from moba_train.context_parallel.subgraph import Subgraph, record, take_graphs
@@ -95,7 +96,7 @@ class _Call:
 
         def write(summed_sGD: list[Tensor]) -> None:
             for total, own in zip(totals_sGD, summed_sGD, strict=True):
-                self.key_heads(total, i).copy_(own)
+                copy_into(self.key_heads(total, i), own)
 
         return Pending.all([start_reduce_scatter(to_rank_order(x, self.layout), self.group) for x in grads_SGD]).then(
             write

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from moba_train.attention import SequenceInfo
 from moba_train.context_parallel.comm import Pending, pipelined, start_all_to_all
+from moba_train.context_parallel.copies import contiguous, copy_into
 from moba_train.context_parallel.layout import Layout
 from moba_train.context_parallel.rows import natural_order, to_rank_order
 from moba_train.context_parallel.subgraph import Subgraph, record, take_graphs
@@ -82,7 +83,7 @@ class _Call:
 
     def fetch(self, i: int, *tensors: Tensor) -> Pending:
         """Rank-ordered rows of all ranks, of this rank's share of slice i of the heads: [t, H, ...] -> [T, h, ...]."""
-        by_rank = [self._heads(x, i).transpose(0, 1).flatten(0, 1) for x in tensors]
+        by_rank = [contiguous(self._heads(x, i).transpose(0, 1)).flatten(0, 1) for x in tensors]
         return Pending.all([start_all_to_all(x, self.group) for x in by_rank])
 
     def deliver(self, i: int, tensors: list[Tensor], into: list[Tensor]) -> Pending:
@@ -109,7 +110,7 @@ class _Call:
         if num_heads < num_ranks:  # gradients of one key head from the ranks it was sent to
             total_tH.copy_(x_tch.unflatten(1, (num_heads, -1)).sum(2).flatten(1, 2))
         else:
-            self._heads(total_tH, i).copy_(x_tch)
+            copy_into(self._heads(total_tH, i), x_tch)
 
 
 class _AllToAllAttention(torch.autograd.Function):

@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moba_train.context_parallel.copies import contiguous
+
 __all__ = [
     "Pending",
     "all_gather",
@@ -65,7 +67,7 @@ class Pending:
 
 def start_all_gather(x_local: Tensor, group: dist.ProcessGroup) -> Pending:
     """Rows of all ranks in rank order: [r, ...] -> [R, ...]. Every rank has the same r."""
-    x_local = x_local.contiguous()
+    x_local = contiguous(x_local)
     gathered = x_local.new_empty(group.size() * x_local.shape[0], *x_local.shape[1:])
     work = _all_gather_single(gathered, x_local, group=group, async_op=True)
     return Pending.of(work, gathered)
@@ -78,7 +80,7 @@ def start_all_to_all(
 
     `input_splits[j]` rows go to rank j, `output_splits[j]` rows come from it.
     """
-    x = x.contiguous()
+    x = contiguous(x)
     rows = x.shape[0] if output_splits is None else sum(output_splits)
     received = x.new_empty(rows, *x.shape[1:])
     work = dist.all_to_all_single(received, x, output_splits, input_splits, group=group, async_op=True)

@@ -55,10 +55,13 @@ _EXTRA_STATE = "_extra_state"
 
 
 def save(run: Run) -> Path:
-    """Write a checkpoint of the present step, then point `latest` at it and drop the oldest beyond keep_last."""
+    """Write a checkpoint of the present step, then point `latest` at it and drop the oldest beyond keep_last.
+
+    Those that earlier stages ended with stay, and are not counted.
+    """
     phase(f"checkpoint of step {run.step}")
     root = run.folder / "checkpoints"
-    final, partial = root / f"step_{run.step:08d}", root / f"step_{run.step:08d}.partial"
+    final, partial = root / _step_name(run.step), root / f"{_step_name(run.step)}.partial"
     if dist.get_rank() == 0:
         for abandoned in root.glob("*.partial"):
             shutil.rmtree(abandoned)
@@ -96,7 +99,8 @@ def save(run: Run) -> Path:
         partial.rename(final)
         point_latest(final)
         # Later steps are left from a run that was started over; only what is older than this one ages.
-        older = [path for path in complete_checkpoints(root) if path.name < final.name]
+        ends = {_step_name(step) for step in run.stage.before}
+        older = [path for path in complete_checkpoints(root) if path.name < final.name and path.name not in ends]
         for old in older[: len(older) - (run.config.checkpoint.keep_last - 1)]:
             shutil.rmtree(old)
     dist.barrier()
@@ -147,6 +151,10 @@ def load_weights(path: Path, model: MegatronModule, data_context: dist.ProcessGr
     _verify(path, read_metadata(path))
     state = {"model": model.sharded_state_dict(metadata=_options(data_context))}
     _load(path, state, {"model": model}, [_EXTRA_STATE])
+
+
+def _step_name(step: int) -> str:
+    return f"step_{step:08d}"
 
 
 def _load(path: Path, wanted: dict[str, Any], models: dict[str, MegatronModule], optional: list[str]) -> dict[str, Any]:

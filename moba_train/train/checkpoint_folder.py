@@ -278,7 +278,7 @@ def _check_position(config: RunConfig, path: Path, metadata: Metadata, stage_sta
 
 def begins_stage(config: RunConfig, path: Path, metadata: Metadata, stage_start: int) -> bool:
     """Whether a stage after the first begins from this checkpoint, with rows of its own."""
-    return stage_start > 0 and is_own(config, path) and metadata.step == stage_start
+    return stage_start > 0 and metadata.step == stage_start and not loads_weights_only(config, path)
 
 
 def _check_rows(config: RunConfig, path: Path, metadata: Metadata, stage_start: int) -> None:

@@ -82,7 +82,7 @@ def _train_stages(config: RunConfig, stop: _StopSignal) -> None:
     for stage in stages[current_stage(stages) :]:
         if folder is not None:
             leave_stage()
-            stage = stage.in_folder(folder)
+            stage = stage.after_another(folder)
         run = setup(stage.config, stage)
         folder = str(run.folder)
         resolve_dense_layers(run)

@@ -105,12 +105,12 @@ def preflight(config: RunConfig) -> int:
 
 
 def current_stage(stages: tuple[Stage, ...]) -> int:
-    """Index of the stage that the run begins or goes on in: where its own newest checkpoint is; the last one at the
-    end of all."""
+    """Index of the stage that the run begins or goes on in: where the checkpoint that it starts from is; the last one
+    at the end of all."""
     first = stages[0].config
     if len(stages) == 1 or (start := checkpoint_folder.find_start(first)) is None:
         return 0
-    if not checkpoint_folder.is_own(first, start):
+    if checkpoint_folder.loads_weights_only(first, start):
         return 0
     step = checkpoint_folder.read_metadata(start).step
     return next((index for index, stage in enumerate(stages) if step < stage.end), len(stages) - 1)

@@ -7,6 +7,7 @@ Triton decides at its import whether to interpret, so this file runs itself agai
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -261,6 +262,20 @@ def test_deterministic_gradients_equal_reference() -> None:
     actual = run_op(_attend(case, picks, deterministic=True), inputs)
     for field, got, want in zip(Result._fields, actual, expected, strict=True):
         assert_close(got, want, torch.float32, field)
+
+
+@interpreted
+def test_backward_reads_slices_of_the_heads_of_out_and_its_gradient() -> None:
+    """As under context parallelism, which gives the op a few heads of its joined output."""
+    from moba_train.attention.kernels.backward import row_terms
+
+    generator = torch.Generator().manual_seed(0)
+    dout, out = (torch.randn(5, heads, 24, generator=generator)[:, 2:5] for heads in (7, 9))
+    dlse, lse = (torch.randn(5, 3, generator=generator) for _ in range(2))
+    lse[1, 2] = -torch.inf
+    lse2, delta = row_terms(dout, dlse, out, lse)
+    assert_close(delta, (dout * out).sum(-1) - dlse, torch.float32)
+    assert_close(lse2, (lse / math.log(2)).masked_fill(lse == -torch.inf, torch.inf), torch.float32)
 
 
 @interpreted

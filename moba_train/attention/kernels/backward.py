@@ -19,7 +19,7 @@ from torch import Tensor
 from moba_train.attention.kernels.pairs import LOG2E
 from moba_train.attention.kernels.query_gradient import launch_query_gradient
 from moba_train.attention.kernels.routing import PairLists, route
-from moba_train.attention.kernels.tiles import backward_tiles, padded_dim
+from moba_train.attention.kernels.tiles import backward_tiles, ceil_div, padded_dim
 
 __all__ = ["launch_backward"]
 
@@ -62,7 +62,7 @@ def launch_backward(
     # Deterministic dQ comes from its own pass, which starts from nothing.
     shape = (1,) if deterministic else (num_tokens, num_heads, head_dim)
     dq32 = torch.zeros(shape, dtype=torch.float32, device=q_THD.device)
-    per_block = triton.cdiv(block_size, tiles.cols)
+    per_block = ceil_div(block_size, tiles.cols)
     _key_gradient_kernel[(per_block * num_blocks, num_kv_heads)](
         q_THD,
         k_SGD,
@@ -117,11 +117,12 @@ def launch_backward(
 
 
 def row_terms(dout_THD: Tensor, dlse_TH: Tensor | None, out_THD: Tensor, lse_TH: Tensor) -> tuple[Tensor, Tensor]:
+    """lse in base 2 and delta of every row; lse and dlse are contiguous, dout and out in their rows."""
     num_tokens, num_heads, head_dim = out_THD.shape
     lse2_TH = torch.empty_like(lse_TH)
     delta_TH = torch.empty_like(lse_TH)
     rows = num_tokens * num_heads
-    _row_terms_kernel[(triton.cdiv(rows, 32),)](
+    _row_terms_kernel[(ceil_div(rows, 32),)](
         dout_THD,
         out_THD,
         lse_TH,
@@ -131,6 +132,8 @@ def row_terms(dout_THD: Tensor, dlse_TH: Tensor | None, out_THD: Tensor, lse_TH:
         rows,
         dout_THD.stride(0),
         dout_THD.stride(1),
+        out_THD.stride(0),
+        out_THD.stride(1),
         H=num_heads,
         D=head_dim,
         DP=padded_dim(head_dim),
@@ -150,6 +153,8 @@ def _row_terms_kernel(
     lse2_ptr,
     delta_ptr,
     num_rows,
+    stride_dt,
+    stride_dh,
     stride_ot,
     stride_oh,
     H: tl.constexpr,
@@ -162,9 +167,9 @@ def _row_terms_kernel(
     live = row < num_rows
     dim = tl.arange(0, DP)
     inside = live[:, None] & (dim < D)[None, :]
-    at = (row // H)[:, None] * stride_ot + (row % H)[:, None] * stride_oh + dim[None, :]
-    dout = tl.load(dout_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    out = tl.load(out_ptr + row[:, None] * D + dim[None, :], mask=inside, other=0.0).to(tl.float32)
+    t, h = (row // H)[:, None], (row % H)[:, None]
+    dout = tl.load(dout_ptr + t * stride_dt + h * stride_dh + dim[None, :], mask=inside, other=0.0).to(tl.float32)
+    out = tl.load(out_ptr + t * stride_ot + h * stride_oh + dim[None, :], mask=inside, other=0.0).to(tl.float32)
     delta = tl.sum(dout * out, axis=1)
     if HAS_DLSE:
         delta -= tl.load(dlse_ptr + row, mask=live, other=0.0)
