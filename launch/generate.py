@@ -35,9 +35,6 @@ def main() -> int:
     given = {key: value for key, value in vars(args).items() if value is not None}
     try:
         return told(lambda: generate_text(GenerateArguments(**{**given, "overrides": tuple(args.overrides)})))
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return 130
     except BrokenPipeError:  # the reader had enough; nothing more can be written, at exit neither
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -100,6 +100,15 @@ class TestCommandLine:
         assert "128k" in text
         assert "dense_last_layers" in text
 
+    @pytest.mark.parametrize("rank, said", [("0", "\ninterrupted\n"), ("1", "")])
+    def test_ctrl_c_before_training_is_no_traceback(self, capsys, monkeypatch, rank, said):
+        def interrupted(config):
+            raise KeyboardInterrupt
+
+        monkeypatch.setenv("RANK", rank)
+        assert run_command_line(interrupted, "doc", []) == 130
+        assert capsys.readouterr().err == said
+
     @pytest.mark.parametrize("rank, local_rank, waited", [("0", "0", []), ("8", "0", []), ("9", "1", [10.0])])
     def test_an_error_is_one_message_a_machine_and_others_leave_it_the_word(
         self, capsys, monkeypatch, rank, local_rank, waited
