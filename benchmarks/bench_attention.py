@@ -137,7 +137,8 @@ class Bench:
             numbers = [ms for forward, both in times if both for ms in (forward, both - forward)]
             if len(numbers) == 4 and setting.top_k * setting.block_size < length:
                 numbers_text = ", ".join(f"{ms:.1f}" for ms in numbers)
-                lines[setting.block_size, length] = f"    Measured({setting.block_size}, {length}, {numbers_text}),"
+                text = f"    Measured({setting.block_size}, {length}, {numbers_text}),"
+                lines.setdefault((setting.block_size, length), text)  # of settings alike, the first: head dim 128
         head = "## For moba_train/attention/choice.py\n\nForward and backward of triton, then of flash.\n\n```\n"
         return [head + "\n".join(lines.values()) + "\n```"] if lines else []
 
