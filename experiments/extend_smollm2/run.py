@@ -369,10 +369,9 @@ def _results(args: argparse.Namespace, plan: Plan, out: Path) -> dict[str, Any]:
 
 
 def _arguments() -> argparse.Namespace:
-    summary, _, text = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=text, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    from moba_train.config.arguments import argument_parser
+
+    parser = argument_parser(__doc__)
     add = parser.add_argument
     add("--model", default="models/SmolLM2", metavar="DIR", help="Hugging Face folder (default: models/SmolLM2)")
     add("--steps", type=int, metavar="N", help=f"of each arm (default: {GPU.steps})")

@@ -253,10 +253,9 @@ def _same_bits(one: Any, other: Any) -> bool:
 
 
 def _arguments() -> argparse.Namespace:
-    summary, _, text = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=text, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    from moba_train.config.arguments import argument_parser
+
+    parser = argument_parser(__doc__)
     parser.add_argument("--quick", action="store_true", help="a tiny shape at 2K: does it work?")
     parser.add_argument("--steps", type=int, default=3, metavar="N", help="of training (default: 3)")
     parser.add_argument("--out", metavar="DIR", help="of everything (default: runs/roundtrip_1b)")

@@ -26,6 +26,7 @@ import torch
 from matplotlib.figure import Figure
 
 from experiments.common import Training, environment, overrides_block, prepared, provenance, table, train_all, verdict
+from moba_train.config.arguments import argument_parser
 from moba_train.data.info import dataset_info
 from moba_train.train.metrics import read_metrics
 
@@ -326,10 +327,7 @@ def _noise(seeds: list[Seed]) -> str:
 
 
 def _arguments() -> argparse.Namespace:
-    summary, _, text = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=text, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     add = parser.add_argument
     add("--quick", action="store_true", help="a tiny model and few steps: does it work?")
     add("--page", action="store_true", help="only write the page again")

@@ -68,7 +68,7 @@ def run_command_line(action: Callable[[RunConfig], int], doc: str, arguments: Se
 
 
 def told(action: Callable[[], int]) -> int:
-    """`action()`; a ConfigError out of it is told as `run_command_line` says, and gives 2."""
+    """`action()`; a ConfigError out of it is told as `run_command_line` says, and gives 2; Ctrl-C gives 130."""
     try:
         return action()
     except ConfigError as error:
@@ -78,6 +78,10 @@ def told(action: Callable[[], int]) -> int:
         where = f" (process {rank} on {platform.node()})" if rank else ""
         print(f"Configuration error{where}: {error}", file=sys.stderr, flush=True)
         return 2
+    except KeyboardInterrupt:
+        if _ranks()[0] == 0:
+            print("\ninterrupted", file=sys.stderr, flush=True)
+        return 130
 
 
 def _run(action: Callable[[RunConfig], int], doc: str, arguments: list[str]) -> int:
@@ -193,7 +197,8 @@ def _help(doc: str) -> str:
             "Choose (files in recipes/):",
             *groups,
             "",
-            "Any key can be overridden as key=value (a.b=c for nested ones). Defaults before the recipe's values:",
+            "Any key can be overridden as key=value (a.b=c for nested ones); what each means: "
+            "moba_train/config/schema.py. Defaults before the recipe's values:",
             *keys,
             "",
             "  --cfg job   print the resolved configuration and exit",

@@ -33,12 +33,12 @@ from moba_train.parallel.watchdog import phase
 from moba_train.train.checkpoint_folder import (
     Metadata,
     begins_stage,
-    complete_checkpoints,
     corrupt,
     data_key,
     find_start,
     key_conv_width,
     loads_weights_only,
+    outdated,
     point_latest,
     read_metadata,
     write_metadata,
@@ -101,8 +101,7 @@ def save(run: Run) -> Path:
         point_latest(final)
         # Later steps are left from a run that was started over; only what is older than this one ages.
         ends = {_step_name(step) for step in run.stage.before}
-        older = [path for path in complete_checkpoints(root) if path.name < final.name and path.name not in ends]
-        for old in older[: len(older) - (run.config.checkpoint.keep_last - 1)]:
+        for old in outdated(final, run.config.checkpoint.keep_last, ends):
             shutil.rmtree(old)
     dist.barrier()
     return final

@@ -30,6 +30,7 @@ from moba_train.data.pretrain import PretrainData, build_datasets
 from moba_train.data.sft import RUN_TOKENIZER, SftData, build_sft, check_sft
 from moba_train.data.validate import check_data, content_hash
 from moba_train.model.build import build_model
+from moba_train.model.freeze import check_freeze
 from moba_train.model.layer_plan import plan_phases
 from moba_train.model.rope import Frequencies, inverse_frequencies
 from moba_train.parallel import groups as mesh
@@ -120,6 +121,7 @@ def _check_stage(stage: Stage, world_size: int, ahead: int) -> None:
     config = stage.config
     validate(config, world_size)
     plan_phases(planned(config).attention, config.model.num_layers)
+    check_freeze(config)
     if config.dry_run or ahead < 0:
         return
     if config.sft.path is None:
@@ -243,9 +245,12 @@ def _build_data(config: RunConfig, steps: int) -> PretrainData | SftData:
 
 
 def _shared_folder(config: RunConfig) -> Path:
-    """The run folder, chosen by rank 0 and told to all ranks."""
+    """The run folder, chosen by rank 0 and told to all ranks; ConfigError where it cannot be made after all."""
     folder = [config.run.dir or f"runs/{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"]
     dist.broadcast_object_list(folder)
     path = Path(folder[0]).absolute()
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError("run.dir", str(path), f"cannot be made ({error.strerror}); choose another") from None
     return path
