@@ -75,7 +75,7 @@ def _layer_spec(config: RunConfig, layer: LayerAttention) -> ModuleSpec:
                 LayerKind.FULL: config.parallel.full_context_strategy or config.parallel.context_strategy,
             },
             "layout": RULES[config.parallel.context_layout],
-            "gather_heads": config.parallel.gather_heads,
+            "gather_heads": config.parallel.key_heads_alive,
             "hierarchical": config.parallel.context_inner > 1,
             "key_conv": config.attention.key_conv,
         },

@@ -96,7 +96,7 @@ def _context_bytes(config: RunConfig, width: int) -> int:
                 key_heads=key_heads,
                 head_dim=model.head_dim,
                 element_size=width,
-                gather_heads=parallel.gather_heads,
+                gather_heads=parallel.key_heads_alive,
             )
         )
         for strategy in {parallel.context_strategy, parallel.full_context_strategy or parallel.context_strategy}
