@@ -94,6 +94,7 @@ class Bench:
         forward, both, memory = (min((t[i] for t in dense if t[i] is not None), default=None) for i in range(3))
         lean = [times[k][2] for k in DENSE if k in times and "Flash" in k and times[k][2] is not None]
         memory = min(lean, default=memory)
+        trained = both is not None  # dense kernels ran backward too: else their memory is that of less work
         for kernel_name, (forward_ms, both_ms, gib, count, note) in times.items():
             moba = is_moba(kernel_name)
             rows.append(
@@ -104,7 +105,7 @@ class Bench:
                     forward_ms,
                     both_ms,
                     gib,
-                    _ratio(gib, memory),
+                    _ratio(gib, memory) if trained or both_ms is None else None,
                     _ratio(forward, forward_ms),
                     _ratio(both, both_ms),
                     setting.ratio(length) if moba else None,
@@ -172,7 +173,9 @@ class Bench:
         result: tuple = (None, None, None, 0, "out of memory")
         for backward in passes:
             try:
-                result = _measure(attend, setting, length, guess, spare, backward=backward)
+                # Compiles and warms up. A dense row of seconds needs neither: its kernels ran at shorter lengths.
+                warm = guess < 2.0 or is_moba(kernel_name)
+                result = _measure(attend, setting, length, warm, spare, backward=backward)
                 break
             except torch.OutOfMemoryError:
                 pass
@@ -244,7 +247,7 @@ def _top(times: dict[str, float]) -> list[str]:
 
 
 def _measure(
-    attend: Attention, setting: Setting, length: int, guess: float, spare: float, *, backward: bool
+    attend: Attention, setting: Setting, length: int, warm: bool, spare: float, *, backward: bool
 ) -> tuple[float, float | None, float, int, str]:
     q, k, v = inputs(length, setting)
     dout = torch.randn_like(q)
@@ -262,8 +265,8 @@ def _measure(
         torch.cuda.synchronize()
         return marks[0].elapsed_time(marks[1]), marks[0].elapsed_time(marks[2])
 
-    if guess < 2.0:
-        step()  # compiles and warms up; a row of seconds needs neither, its kernels ran at shorter lengths
+    if warm:
+        step()
     torch.cuda.reset_peak_memory_stats()
     times = [step()]
     peak = torch.cuda.max_memory_allocated() / 2**30

@@ -29,12 +29,14 @@ from moba_train.train.metrics import read_metrics
 __all__ = [
     "ROOT",
     "Training",
+    "end_of_log",
     "environment",
     "inputs",
     "overrides_block",
     "prepared",
     "provenance",
     "run",
+    "stopped_by_sigterm",
     "table",
     "train_all",
     "verdict",
@@ -43,7 +45,7 @@ __all__ = [
 
 ROOT = Path(__file__).resolve().parents[1]
 _TELL_S = 20.0
-_TAIL = 15  # lines of a failed training's log
+_TAIL = 25  # lines of a failed training's log
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,11 @@ class Training:
         saved = self.folder / "checkpoints" / "latest"
         validated = any(r["step"] == self.steps and "validation_loss" in r for r in self._records())
         return validated and saved.exists() and saved.read_text().strip().endswith(f"{self.steps:08d}")
+
+    @property
+    def command(self) -> list[str]:
+        """What one process of it runs."""
+        return [sys.executable, self.script, *self.overrides, f"run.dir={self.folder}"]
 
     def prepare(self) -> None:
         """Make the folder, or refuse one that has another training."""
@@ -96,7 +103,7 @@ def train_all(trainings: Sequence[Training], at_once: int, processes: int = 1) -
     failed: list[Training] = []
     started = told = time.monotonic()
     try:
-        with _stopped_by_sigterm():
+        with stopped_by_sigterm():
             while waiting or running:
                 while waiting and len(running) < at_once:
                     running[_start(waiting[0], processes, threads)] = waiting[0]
@@ -118,9 +125,24 @@ def train_all(trainings: Sequence[Training], at_once: int, processes: int = 1) -
         raise SystemExit("stopped; the same command goes on") from None
     if failed:
         for training in failed:
-            log = (training.folder / "log.txt").read_text(errors="replace").splitlines()[-_TAIL:]
-            print(f"{training.folder.name} failed:", *log, sep="\n  ", file=sys.stderr)
+            last = end_of_log(training.folder / "log.txt")
+            print(f"{training.folder.name} failed:", *last, sep="\n  ", file=sys.stderr)
         raise SystemExit(f"not finished: {', '.join(t.folder.name for t in failed)}; the same command goes on")
+
+
+def end_of_log(log: Path) -> list[str]:
+    """Its last lines: where a failed command says why."""
+    return log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL:]
+
+
+@contextmanager
+def stopped_by_sigterm() -> Iterator[None]:
+    """SIGTERM as Ctrl-C: what was started is not left running alone."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def run(command: Sequence[str | Path]) -> None:
@@ -209,17 +231,7 @@ def _start(training: Training, processes: int, threads: int) -> subprocess.Popen
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [*launcher, training.script, *training.overrides, f"run.dir={training.folder}"]
+    command = [*launcher, *training.command[1:]]
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
     with (training.folder / "log.txt").open("ab") as log:
         return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
-
-
-@contextmanager
-def _stopped_by_sigterm() -> Iterator[None]:
-    """SIGTERM as Ctrl-C."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

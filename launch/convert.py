@@ -2,7 +2,7 @@
 """Bring a Hugging Face folder in as a core checkpoint, and take a checkpoint out as a Hugging Face folder.
 
   python launch/convert.py hf-to-core models/Llama-3.2-1B runs/llama
-      then train with checkpoint.load=runs/llama checkpoint.load_weights_only=true, in any layout
+      then train with model=llama3.2-1b checkpoint.load=runs/llama checkpoint.load_weights_only=true, in any layout
       (or leave this out and train with checkpoint.init_from_hf=models/Llama-3.2-1B)
   python launch/convert.py core-to-hf runs/llama-128k models/Llama-3.2-1B-128k
       a run folder (its latest checkpoint) or one step folder; the tokenizer comes along
@@ -18,6 +18,7 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
+from moba_train.config.arguments import argument_parser
 from moba_train.config.schema import ConfigError
 
 
@@ -53,10 +54,7 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    summary, _, examples = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("direction", choices=("hf-to-core", "core-to-hf"))
     parser.add_argument("source", metavar="SRC", help="a Hugging Face folder; or a run folder or step folder")
     parser.add_argument("target", metavar="DST", help="the folder to make; refused where it holds something")

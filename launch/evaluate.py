@@ -20,6 +20,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from moba_train.config.arguments import argument_parser
 from moba_train.config.compose import told
 
 
@@ -36,10 +37,7 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    summary_line, _, examples = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=summary_line, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     add = parser.add_argument
     add("checkpoint", help="a run folder, one of its step folders, or a Hugging Face folder")
     add("overrides", nargs="*", metavar="KEY=VALUE", help="settings of the model's configuration to change")

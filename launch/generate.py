@@ -16,6 +16,7 @@ import argparse
 import os
 import sys
 
+from moba_train.config.arguments import argument_parser
 from moba_train.config.compose import told
 
 
@@ -34,19 +35,13 @@ def main() -> int:
     given = {key: value for key, value in vars(args).items() if value is not None}
     try:
         return told(lambda: generate_text(GenerateArguments(**{**given, "overrides": tuple(args.overrides)})))
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return 130
     except BrokenPipeError:  # the reader had enough; nothing more can be written, at exit neither
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
 
 def parse_arguments() -> argparse.Namespace:
-    summary_line, _, examples = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=summary_line, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     add = parser.add_argument
     add("checkpoint", help="a run folder, one of its step folders, or a Hugging Face folder")
     add("overrides", nargs="*", metavar="KEY=VALUE", help="settings of the model's configuration to change")

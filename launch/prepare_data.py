@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from moba_train.config.arguments import argument_parser
 from moba_train.config.schema import ConfigError
 from moba_train.data.info import DatasetInfo, PrepareArguments, already_prepared
 
@@ -66,10 +67,7 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    summary_line, _, examples = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=summary_line, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     add = parser.add_argument
     add("--output", required=True, metavar="DIR", help="the folder to make; refused where it holds something else")
     add(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import tomllib
 from pathlib import Path
 
@@ -41,3 +42,20 @@ def test_every_requirement_is_pinned_to_a_version_it_allows(python: str, megatro
         assert version in requirement.specifier
     assert pinned["megatron-core"] == megatron
     assert pinned["torch"] == "2.13.0"
+
+
+def test_an_image_gets_everything_that_its_tests_import() -> None:
+    ignore = ROOT / ".dockerignore"
+    if not ignore.exists():
+        pytest.skip("in an image")
+    kept = {line.removeprefix("!") for line in ignore.read_text().splitlines() if line.startswith("!")}
+    sources = [path for name in kept for path in (ROOT / name).rglob("*.py")]
+    imported = {
+        (node.module if isinstance(node, ast.ImportFrom) else node.names[0].name or "").partition(".")[0]
+        for path in sources
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Import) or (isinstance(node, ast.ImportFrom) and node.level == 0)
+    }
+    folders = {path.name for path in ROOT.iterdir() if path.is_dir()}
+    assert "experiments" in imported
+    assert imported & folders <= kept

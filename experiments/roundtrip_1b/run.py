@@ -7,14 +7,13 @@ Random weights in several shards, with the tokenizer of the prepared text. The f
 and back (compared bit by bit), trained for a few steps in bf16 with MoBA (block 512, top 12, last layer full) and full
 recomputation on one GPU, exported, and imported again: every tensor of the second checkpoint equals the first's. Prints
 a table and writes it to results.md in the run's folder. `--quick` does it with a tiny shape at 2K, on a CPU in minutes.
-Steps that are done are not done again.
+What is done is not done again; a folder begun with other settings is refused.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -25,6 +24,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # also where the project is not installed
+
+from experiments.common import Training, prepared, run, table  # noqa: E402
 
 SHARD = "700MB"
 
@@ -71,7 +72,9 @@ def main() -> int:
     args = _arguments()
     setting = QUICK if args.quick else GPU
     out = Path(args.out or f"runs/roundtrip_1b{'_quick' if args.quick else ''}").absolute()
-    out.mkdir(parents=True, exist_ok=True)
+    data = prepared(args.data, ())
+    training = _training(out, data, setting, args)
+    training.prepare()
     from moba_train import device as devices
 
     devices.quiet_imports()
@@ -79,21 +82,20 @@ def main() -> int:
     from moba_train.train.metrics import read_metrics
 
     clock = _Clock()
-    source, core, back, run = out / "source", out / "core", out / "back", out / "run"
+    source, core, back, trained = out / "source", out / "core", out / "back", training.folder
     exported, again = out / "exported", out / "again"
-    clock("text prepared", lambda: _prepare(out / "data"))
-    clock("folder written", lambda: _once(source, lambda: _write_source(source, setting, out / "data")))
+    clock("folder written", lambda: _once(source, lambda: _write_source(source, setting, data)))
     clock("imported", lambda: _once(core, lambda: hf_to_core(source, core)))
     with ThreadPoolExecutor(1) as beside:  # the CPU's work, while the GPU trains
         way_back = beside.submit(lambda: _once(back, lambda: core_to_hf(core, back)))
-        clock(f"trained at {setting.length:,}", lambda: _train(run, out / "data", core, setting, args))
+        clock(f"trained at {setting.length:,}", lambda: _train(training))
         way_back.result()
     rows = [clock("imported and exported: equal", lambda: _compare_folders(source, back))]
-    clock("exported", lambda: _once(exported, lambda: core_to_hf(run, exported)))
+    clock("exported", lambda: _once(exported, lambda: core_to_hf(trained, exported)))
     clock("imported again", lambda: _once(again, lambda: hf_to_core(exported, again)))
-    rows.append(clock("trained, exported, imported: equal", lambda: _compare_checkpoints(run, again)))
+    rows.append(clock("trained, exported, imported: equal", lambda: _compare_checkpoints(trained, again)))
     rows.append(clock("trained weights differ from the source's", lambda: _count_changed(source, exported)))
-    steps = [record for record in read_metrics(run) if "loss" in record]
+    steps = [record for record in read_metrics(trained) if "loss" in record]
     last = steps[-1]
     rows += [
         ("steps", len(steps)),
@@ -106,7 +108,7 @@ def main() -> int:
         ("device", devices.device_name()),
         *((f"seconds: {name}", f"{seconds:.0f}") for name, seconds in clock.seconds.items()),
     ]
-    page = "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows)])
+    page = table(["", ""], *rows)
     (out / "results.md").write_text(page + "\n", encoding="utf-8")
     print(page)
     return 0
@@ -129,10 +131,6 @@ class _Clock:
 def _once(folder: Path, action: Callable[[], Any]) -> None:
     if not folder.exists():
         action()
-
-
-def _prepare(data: Path) -> None:
-    _launch(["launch/prepare_data.py", "--output", data])
 
 
 def _write_source(folder: Path, setting: Setting, data: Path) -> None:
@@ -162,22 +160,31 @@ def _write_source(folder: Path, setting: Setting, data: Path) -> None:
         torch.cuda.empty_cache()
 
 
-def _train(run: Path, data: Path, core: Path, setting: Setting, args: argparse.Namespace) -> None:
+def _train(training: Training) -> None:
+    if not training.finished:
+        run(training.command[1:])
+    if not training.finished:
+        raise SystemExit("stopped; the same command goes on")
+
+
+def _training(out: Path, data: Path, setting: Setting, args: argparse.Namespace) -> Training:
+    """The run below `out`. Its settings say everything about the rest too: shape, length and places."""
     names = {
         "num_layers": "num_hidden_layers",
         "ffn_hidden_size": "intermediate_size",
         **{name: name for name in setting.shape if name not in ("num_hidden_layers", "intermediate_size")},
     }
-    _launch(
+    return Training(
+        out / "run",
+        "launch/pretrain.py",
         [
-            "launch/pretrain.py",
             "recipe=8k",
             *(f"model.{ours}={setting.shape[theirs]}" for ours, theirs in names.items()),
             "model.rope_scaling={rope_type: default, factor: null, low_freq_factor: null, high_freq_factor: null, "
             "original_max_position_embeddings: null}",
             "model.rope_base=500000",
             f"model.max_position_embeddings={setting.length}",
-            f"checkpoint.load={core}",
+            f"checkpoint.load={out / 'core'}",
             "checkpoint.load_weights_only=true",
             f"data.path={data}",
             "data.mode=concatenated",
@@ -191,9 +198,9 @@ def _train(run: Path, data: Path, core: Path, setting: Setting, args: argparse.N
             "parallel.recompute=full",
             "optim.warmup_steps=0",
             "checkpoint.save_every=0",
-            f"run.dir={run}",
             *args.overrides,
-        ]
+        ],
+        args.steps,
     )
 
 
@@ -244,18 +251,16 @@ def _same_bits(one: Any, other: Any) -> bool:
     return one.dtype == other.dtype and torch.equal(one.view(torch.uint8), other.view(torch.uint8))
 
 
-def _launch(command: list[Any]) -> None:
-    subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True)
-
-
 def _arguments() -> argparse.Namespace:
-    summary, _, text = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=text, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    from moba_train.config.arguments import argument_parser
+
+    parser = argument_parser(__doc__)
     parser.add_argument("--quick", action="store_true", help="a tiny shape at 2K: does it work?")
     parser.add_argument("--steps", type=int, default=3, metavar="N", help="of training (default: 3)")
     parser.add_argument("--out", metavar="DIR", help="of everything (default: runs/roundtrip_1b)")
+    parser.add_argument(
+        "--data", metavar="DIR", help="prepared folder; prepared now if not there (default: data/stdlib)"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the training run")
     return parser.parse_args()
 

@@ -26,6 +26,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from moba_train.config.arguments import argument_parser
 from moba_train.config.schema import ConfigError
 from moba_train.data.sources import Corpus, find_files, standard_library_files
 from moba_train.data.split import text_hash, valid_threshold
@@ -74,10 +75,7 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    summary, _, rest = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     add = parser.add_argument
     add("--output", required=True, metavar="DIR", help="where train.jsonl and valid.jsonl go")
     add("--input", nargs="+", default=[], metavar="PATH", help="Python sources; none: the standard library's")

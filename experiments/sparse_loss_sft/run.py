@@ -26,6 +26,7 @@ import torch
 from experiments.common import Training, environment, inputs, prepared, run, train_all
 from experiments.sparse_loss_sft.page import OWN, publish, read_arm
 from moba_train import device as devices
+from moba_train.config.arguments import argument_parser
 from moba_train.config.compose import compose
 
 
@@ -176,10 +177,7 @@ def train(args: argparse.Namespace, out: Path) -> dict[str, Any]:
 
 
 def _arguments() -> argparse.Namespace:
-    summary, _, text = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=text, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     add = parser.add_argument
     add("--quick", action="store_true", help="a tiny model and few steps: does it work?")
     add("--page", action="store_true", help="only write the page again")

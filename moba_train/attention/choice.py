@@ -6,6 +6,7 @@ The numbers are those of benchmarks/results; a new device or kernel means pastin
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import NamedTuple
 
 __all__ = ["MEASURED", "Measured", "moba_backend"]
@@ -42,6 +43,7 @@ MEASURED: tuple[Measured, ...] = (
 )
 
 
+@cache
 def moba_backend(block_size: int, length: int) -> str:
     """The fastest backend at the measured shape that is nearest by ratio; `length` is that of the longest document."""
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moba_train.attention import flash_library, varlen
+from moba_train.attention.custom_op import custom_op
 from moba_train.attention.kernels.backward import row_terms
 from moba_train.attention.kernels.gather import gather, merge_parts, sum_parts
 from moba_train.attention.kernels.moba import dense_rows, forward_inputs, is_deterministic, moba_forward
@@ -131,7 +132,11 @@ class _Flash(torch.autograd.Function):
         return *grads, None, None, None, None, None, None, None
 
 
-@torch.library.custom_op("moba_train::flash_forward", mutates_args=())
+def _fake_forward(q_THD: Tensor, *_rest: Any) -> tuple[Tensor, Tensor]:
+    return q_THD.new_empty(q_THD.shape), q_THD.new_empty(q_THD.shape[:2], dtype=torch.float32)
+
+
+@custom_op("flash_forward", fake=_fake_forward)
 def _forward(
     q_THD: Tensor,
     k_SGD: Tensor,
@@ -175,12 +180,13 @@ def _forward(
     return out_THD, lse_TH
 
 
-@_forward.register_fake
-def _(q_THD: Tensor, *_rest: Any) -> tuple[Tensor, Tensor]:
-    return q_THD.new_empty(q_THD.shape), q_THD.new_empty(q_THD.shape[:2], dtype=torch.float32)
+def _fake_backward(
+    dout_THD: Tensor, dlse_TH: Tensor | None, q_THD: Tensor, k_SGD: Tensor, v_SGD: Tensor, *_rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q_THD.new_empty(q_THD.shape), k_SGD.new_empty(k_SGD.shape), v_SGD.new_empty(v_SGD.shape)
 
 
-@torch.library.custom_op("moba_train::flash_backward", mutates_args=())
+@custom_op("flash_backward", fake=_fake_backward)
 def _backward(
     dout_THD: Tensor,
     dlse_TH: Tensor | None,
@@ -238,13 +244,6 @@ def _backward(
         for grad_SGD, total_SGD in zip((dk_SGD, dv_SGD), totals, strict=True):
             grad_SGD[:, group.key_heads] = total_SGD
     return dq_THD, dk_SGD, dv_SGD
-
-
-@_backward.register_fake
-def _(
-    dout_THD: Tensor, dlse_TH: Tensor | None, q_THD: Tensor, k_SGD: Tensor, v_SGD: Tensor, *_rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return q_THD.new_empty(q_THD.shape), k_SGD.new_empty(k_SGD.shape), v_SGD.new_empty(v_SGD.shape)
 
 
 def _groups(

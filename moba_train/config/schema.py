@@ -7,8 +7,10 @@ Invariant: a `RunConfig` is never changed after it was built.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -134,8 +136,8 @@ class AttentionConfig:
     full_layers: tuple[int, ...] = ()  # layers, numbered from 0, that are full whatever the pattern says
     overrides: tuple[LayerOverride, ...] = ()
     schedule: tuple[AttentionPhase, ...] = ()  # before the first phase begins, the keys above alone hold
-    force_first_block: bool = False  # the first block of a document, the attention sink, is always picked, likewise
-    force_previous_block: bool = False  # the block before a query's own is always picked, as one of top_k
+    force_first_block: bool = False  # the first block of a document (the sink) is always picked, as one of top_k
+    force_previous_block: bool = False  # the block before a query's own is always picked, likewise
     share_picks_in_group: bool = False  # the query heads of a key head pick together, by their mean query
     key_conv: int = 0  # width of a causal convolution on the keys of every layer (model/key_conv.py); 0: none
     backend: str = "auto"  # of MoBA layers: auto | reference | portable | triton | flash | mixed (attention/README.md)
@@ -200,7 +202,7 @@ class SftConfig:
     path: str | None = None  # a file, folder or glob of .jsonl or .parquet
     valid_path: str | None = None  # None: a part of the rows of `path`
     valid_fraction: float | None = None  # of the rows, chosen by a hash; None: 0.05 where there is no valid_path
-    tokenizer: str | None = None  # a pretrained folder, or tokenizer/ of a prepared one
+    tokenizer: str | None = None  # a pretrained folder, or tokenizer/ of a prepared one; None: init_from_hf's
     chat_template: str | None = None  # a jinja file; None: the tokenizer's own, else a built-in one
     last_turn_only: bool = False  # loss on the last assistant turn alone
     overlong: str = "refuse"  # rows longer than the context: refuse | truncate | drop
@@ -353,14 +355,16 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
     if hint is int and isinstance(value, float) and value.is_integer():  # tokens: 1e9
         return int(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        value = float(value)
     if hint is float and isinstance(value, str):  # YAML 1.1 reads 3e-4 as a string
-        try:
-            return float(value)
-        except ValueError:
-            pass
+        with contextlib.suppress(ValueError):
+            value = float(value)
     if hint is str and isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise ConfigError(key, value, f"expects {hint.__name__}, got {type(value).__name__}")
+    if value == "":
+        raise ConfigError(key, value, "is empty; give a value, or leave the key out")
+    if hint is float and not math.isfinite(value):
+        raise ConfigError(key, value, "must be a finite number")
     return value

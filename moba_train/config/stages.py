@@ -55,18 +55,20 @@ _SECTIONS: dict[str, tuple[type, tuple[str, ...]]] = {
 class Stage:
     """Steps `start` to `end` of a run, and the configuration that holds in them; train.steps is that of the run.
 
-    name: "" for a run without stages, which is one stage.
+    name: "" for a run without stages, which is one stage. before: the steps that earlier stages ended with.
     """
 
     config: RunConfig
     name: str = ""
     start: int = 0
     end: int = 0
+    before: tuple[int, ...] = ()
 
-    def in_folder(self, folder: str) -> Stage:
-        """The same in the run folder that was chosen when the run began."""
+    def after_another(self, folder: str) -> Stage:
+        """The same, going on from the stage that was just trained, in the run folder chosen when the run began."""
         run = dataclasses.replace(self.config.run, dir=folder)
-        return dataclasses.replace(self, config=dataclasses.replace(self.config, run=run))
+        checkpoint = dataclasses.replace(self.config.checkpoint, resume=True)
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, run=run, checkpoint=checkpoint))
 
 
 def stages_of(config: RunConfig) -> tuple[Stage, ...]:
@@ -83,7 +85,8 @@ def stages_of(config: RunConfig) -> tuple[Stage, ...]:
         if each.sequence_length < longest:
             remedy = f"must be at least {longest}: a stage is never shorter than the one before it"
             raise ConfigError(f"{key}.sequence_length", each.sequence_length, remedy)
-        stages.append(Stage(_config_of(config, name, each, len(stages)), name, start, start + each.steps))
+        before = tuple(stage.end for stage in stages)
+        stages.append(Stage(_config_of(config, name, each, len(stages)), name, start, start + each.steps, before))
         _check_padding(stages)
     if (total := stages[-1].end) != config.train.steps:
         remedy = f"the stages have {total} steps together: set it to {total}, or change stages.NAME.steps"
@@ -98,10 +101,6 @@ def _check_run(config: RunConfig) -> None:
     if config.attention.schedule:
         what = "every stage has attention.* of its own: write two stages of one length instead"
         raise ConfigError("attention.schedule", len(config.attention.schedule), what)
-    checkpoint = config.checkpoint
-    if checkpoint.load is not None and not checkpoint.load_weights_only:
-        what = "a run with stages begins at step 0: add checkpoint.load_weights_only=true"
-        raise ConfigError("checkpoint.load", checkpoint.load, what)
 
 
 def _check_padding(stages: list[Stage]) -> None:
@@ -139,8 +138,7 @@ def _config_of(config: RunConfig, name: str, each: StageConfig, index: int) -> R
     # Rows of one length are dealt in one order: stages of the same length would see the same rows again.
     changed["data"] = dataclasses.replace(changed["data"], seed=config.data.seed + index)
     train = dataclasses.replace(config.train, sequence_length=each.sequence_length, global_batch_size=rows)
-    checkpoint = config.checkpoint if index == 0 else dataclasses.replace(config.checkpoint, resume=True)
-    return dataclasses.replace(config, train=train, checkpoint=checkpoint, stages=None, **changed)
+    return dataclasses.replace(config, train=train, stages=None, **changed)
 
 
 def _changed(ours: Any, changes: Mapping[str, Any], section: str, key: str) -> Any:

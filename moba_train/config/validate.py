@@ -64,7 +64,8 @@ def data_parallel_size(config: RunConfig, world_size: int) -> int:
         layout = "parallel.tensor x pipeline x context = " + " x ".join(
             str(n) for n in (config.parallel.tensor, config.parallel.pipeline, config.parallel.context)
         )
-        raise ConfigError("world_size", world_size, f"must be a multiple of {layout} = {model_size}")
+        remedy = f"must be a positive multiple of {layout} = {model_size}: change the layout, or start as many"
+        raise ConfigError("world_size", world_size, remedy)
     return world_size // model_size
 
 
@@ -83,7 +84,7 @@ def validate(config: RunConfig, world_size: int) -> None:
         config,
         "train.global_batch_size",
         batch % dp == 0,
-        f"must divide by the data-parallel size {dp}; try {-(-batch // dp) * dp}",
+        f"must be divisible by the data-parallel size {dp}; try {-(-batch // dp) * dp}",
     )
     if config.parallel.virtual_pipeline > 1:
         _require(
@@ -112,7 +113,7 @@ def _check_model(config: RunConfig) -> None:
             config,
             f"model.{name}",
             getattr(model, name) % tp == 0,
-            f"must divide by parallel.tensor={tp}; change one of them",
+            f"must be divisible by parallel.tensor={tp}; change one of them",
         )
     if model.transformer_impl == "transformer_engine":
         _require(
@@ -138,7 +139,7 @@ def _check_parallel(config: RunConfig) -> None:
         config,
         "model.num_layers",
         model.num_layers % chunks == 0,
-        f"must divide by parallel.pipeline x virtual_pipeline = {chunks}",
+        f"must be divisible by parallel.pipeline x virtual_pipeline = {chunks}; change one of them",
     )
     _require(
         config,
@@ -158,7 +159,7 @@ def _check_parallel(config: RunConfig) -> None:
             config,
             "train.sequence_length",
             length % step == 0,
-            f"must divide by 2 x parallel.context = {step} ; try {-(-length // step) * step}",
+            f"must be divisible by 2 x parallel.context = {step}; try {-(-length // step) * step}",
         )
     if parallel.sequence:
         local = length // parallel.context
@@ -166,7 +167,7 @@ def _check_parallel(config: RunConfig) -> None:
             config,
             "train.sequence_length",
             local % parallel.tensor == 0,
-            f"{local} tokens of a context rank must divide by parallel.tensor={parallel.tensor} (sequence parallel)",
+            f"the {local} of a context rank must be divisible by parallel.tensor={parallel.tensor} (sequence parallel)",
         )
     strategies = (parallel.context_strategy, parallel.full_context_strategy)
     if parallel.context_inner > 1:

@@ -62,8 +62,8 @@ def check_heads(num_ranks: int, num_heads: int, num_key_heads: int) -> None:
     if num_heads % num_ranks or (num_key_heads % num_ranks and num_ranks % num_key_heads):
         raise ValueError(
             f"all_to_all cannot deal {num_heads} query and {num_key_heads} key heads to {num_ranks} ranks: query heads "
-            "must divide by the ranks, and key heads by the ranks or the ranks by the key heads; use all_gather or "
-            "ring, or another number of context or tensor ranks"
+            "must be divisible by the ranks, and key heads by the ranks or the ranks by the key heads; use all_gather "
+            "or ring, or another number of context or tensor ranks"
         )
 
 

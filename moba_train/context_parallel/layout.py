@@ -76,7 +76,7 @@ def zigzag(length: int, num_ranks: int, cu_seqlens: Sequence[int] | None = None)
     """Rank r of c holds chunks r and 2c-1-r of 2c equal chunks: what megatron-core's rotary code assumes.
 
     Under a causal mask it pairs a cheap early chunk with a dear late one. Document bounds play no part.
-    Raises ValueError when `length` does not divide by twice the number of ranks.
+    Raises ValueError when `length` is not divisible by twice the number of ranks.
     """
     size = _chunk_size(length, 2 * num_ranks, "zigzag", num_ranks)
     pairs = ((rank, 2 * num_ranks - 1 - rank) for rank in range(num_ranks))
@@ -86,7 +86,7 @@ def zigzag(length: int, num_ranks: int, cu_seqlens: Sequence[int] | None = None)
 def contiguous(length: int, num_ranks: int, cu_seqlens: Sequence[int] | None = None) -> Layout:
     """Rank r of c holds the r-th of c equal chunks. Causal work is unbalanced: the last rank has the most.
 
-    Raises ValueError when `length` does not divide by the number of ranks.
+    Raises ValueError when `length` is not divisible by the number of ranks.
     """
     size = _chunk_size(length, num_ranks, "contiguous", num_ranks)
     return Layout(length, tuple(((rank * size, (rank + 1) * size),) for rank in range(num_ranks)))
@@ -101,7 +101,7 @@ def balanced(length: int, num_ranks: int, cu_seqlens: Sequence[int] | None = Non
 
     For packed documents, where a zigzag rank may hold the ends of several long ones. The dearest chunk goes first, to
     the rank with the least work so far. Without `cu_seqlens` the rows are one document.
-    Raises ValueError when `length` does not divide by twice the number of ranks, as for zigzag.
+    Raises ValueError when `length` is not divisible by twice the number of ranks, as for zigzag.
     """
     _chunk_size(length, 2 * num_ranks, "balanced", num_ranks)
     rows_per_rank = length // num_ranks

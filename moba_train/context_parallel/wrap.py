@@ -104,7 +104,7 @@ def _check(q_tHD: Tensor, k_tGD: Tensor, v_tGD: Tensor, seq: SequenceInfo, rows:
                 f"of {rows.length}"
             )
     if q_tHD.shape[1] % k_tGD.shape[1]:
-        raise ValueError(f"{q_tHD.shape[1]} query heads do not divide by {k_tGD.shape[1]} key heads")
+        raise ValueError(f"{q_tHD.shape[1]} query heads are not divisible by {k_tGD.shape[1]} key heads")
     if seq.k_positions is not None:
         raise ValueError("k_positions are the wrapper's own business: pass the sequence of the whole context without")
     if seq.q_positions is None or not torch.equal(seq.q_positions, row_numbers(rows.chunks[rank])):

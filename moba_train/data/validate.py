@@ -73,10 +73,10 @@ def check_data(data: DataConfig, vocab_size: int, sequence_length: int | None = 
             if split == "train" and data.length_buckets is not None and sequence_length is not None:
                 left = int((lengths * times_of_documents(lengths, data.length_buckets)).sum())
                 if left < sequence_length + 1:
-                    remedy = f"a pass over {folder} has but {left} tokens, less than a row of {sequence_length}"
+                    remedy = f"a pass over {folder} has only {left} tokens, less than a row of {sequence_length}"
                     raise ConfigError("data.length_buckets", data.length_buckets, remedy)
         if sequence_length is not None and info.train.tokens < sequence_length + 1:
-            remedy = f"{folder} has but {info.train.tokens} train tokens: use shorter rows, or prepare more text"
+            remedy = f"{folder} has only {info.train.tokens} train tokens: use shorter rows, or prepare more text"
             raise ConfigError("train.sequence_length", sequence_length, remedy)
         _check_cache(data, folder)
         first = first or (folder, info)

@@ -11,11 +11,17 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from moba_train.config.schema import ConfigError
+from moba_train.config.schema import ConfigError, RunConfig
+from moba_train.model.convert_hf import rules
+from moba_train.model.key_conv import KEY_CONV_PREFIX
 
-__all__ = ["freeze_parameters", "parameter_names"]
+__all__ = ["check_freeze", "expected_names", "freeze_parameters", "parameter_names"]
+
+_LOCAL_NORMS = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
 
 
 def parameter_names(model: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -29,35 +35,50 @@ def parameter_names(model: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
         yield ".".join(parts), parameter
 
 
-def freeze_parameters(models: Sequence[Any], patterns: Sequence[str], recompute: bool) -> None:
-    """Freeze what matches any of `patterns` in this rank's GPTModels, before they are wrapped; called by all ranks.
-
-    Raises ConfigError, on all ranks alike, for a pattern that matches nothing anywhere and where nothing would train.
-    """
-    if not patterns:
-        return
-    matched: set[str] = set()
-    trains = False
-    for model in models:
-        for name, parameter in parameter_names(model):
-            hits = {pattern for pattern in patterns if fnmatch.fnmatchcase(name, pattern)}
-            matched |= hits
-            parameter.requires_grad_(not hits)
-            trains = trains or not hits
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, (matched, trains))
+def check_freeze(config: RunConfig) -> None:
+    """ConfigError for a pattern of train.freeze that matches nothing in the model, and where nothing would train."""
+    patterns = config.train.freeze
+    names = expected_names(config)
     for pattern in patterns:
-        if not any(pattern in theirs for theirs, _ in found):
-            names = sorted(name for model in models for name, _ in parameter_names(model))
+        if not fnmatch.filter(names, pattern):
             remedy = f"{pattern!r} matches no parameter; they have names such as {', '.join(names[:3])}"
             raise ConfigError("train.freeze", list(patterns), remedy)
-    if not any(theirs for _, theirs in found):
+    if all(_matches(name, patterns) for name in names):
         raise ConfigError("train.freeze", list(patterns), "nothing would train; leave some parameters out")
+
+
+def expected_names(config: RunConfig) -> list[str]:
+    """Names of all parameters of the model that `config` describes, without building it."""
+    found = []
+    for rule in rules(config.model):
+        head, _, name = rule.core.partition("decoder.layers.")
+        if head:
+            found.append(head)
+            continue
+        # A checkpoint names a norm as Transformer Engine does, a part of the matrix that follows it.
+        name = _LOCAL_NORMS.get(name, name) if config.model.transformer_impl == "local" else name
+        found += [f"decoder.layers.{layer}.{name}" for layer in range(config.model.num_layers)]
+    if config.attention.key_conv:
+        found += [f"decoder.layers.{layer}.{KEY_CONV_PREFIX}weight" for layer in range(config.model.num_layers)]
+    return found
+
+
+def freeze_parameters(models: Sequence[Any], patterns: Sequence[str], recompute: bool) -> None:
+    """Freeze what matches any of `patterns` in this rank's GPTModels, before they are wrapped."""
+    if not patterns:
+        return
+    for model in models:
+        for name, parameter in parameter_names(model):
+            parameter.requires_grad_(not _matches(name, patterns))
     if recompute:
         # Recomputed layers get no gradients at all where none of their inputs asks for one.
         for model in models:
             if model.pre_process:
                 model.embedding.register_forward_hook(_require_gradient)
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _require_gradient(module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import math
 import queue
 import shutil
 from dataclasses import asdict
@@ -23,7 +24,7 @@ from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint import FileSystemReader
 
 from moba_train.config.schedule import PLAN_KEYS
-from moba_train.config.schema import AttentionConfig, RunConfig, to_dict
+from moba_train.config.schema import AttentionConfig, ModelConfig, RunConfig, from_dict, to_dict
 from moba_train.model.key_conv import KEY_CONV_PREFIX
 from moba_train.model.layer_plan import layer_plan
 from moba_train.model.rope import describe_rope
@@ -32,12 +33,12 @@ from moba_train.parallel.watchdog import phase
 from moba_train.train.checkpoint_folder import (
     Metadata,
     begins_stage,
-    complete_checkpoints,
     corrupt,
     data_key,
     find_start,
     key_conv_width,
     loads_weights_only,
+    outdated,
     point_latest,
     read_metadata,
     write_metadata,
@@ -55,10 +56,13 @@ _EXTRA_STATE = "_extra_state"
 
 
 def save(run: Run) -> Path:
-    """Write a checkpoint of the present step, then point `latest` at it and drop the oldest beyond keep_last."""
+    """Write a checkpoint of the present step, then point `latest` at it and drop the oldest beyond keep_last.
+
+    Those that earlier stages ended with stay, and are not counted.
+    """
     phase(f"checkpoint of step {run.step}")
     root = run.folder / "checkpoints"
-    final, partial = root / f"step_{run.step:08d}", root / f"step_{run.step:08d}.partial"
+    final, partial = root / _step_name(run.step), root / f"{_step_name(run.step)}.partial"
     if dist.get_rank() == 0:
         for abandoned in root.glob("*.partial"):
             shutil.rmtree(abandoned)
@@ -96,8 +100,8 @@ def save(run: Run) -> Path:
         partial.rename(final)
         point_latest(final)
         # Later steps are left from a run that was started over; only what is older than this one ages.
-        older = [path for path in complete_checkpoints(root) if path.name < final.name]
-        for old in older[: len(older) - (run.config.checkpoint.keep_last - 1)]:
+        ends = {_step_name(step) for step in run.stage.before}
+        for old in outdated(final, run.config.checkpoint.keep_last, ends):
             shutil.rmtree(old)
     dist.barrier()
     return final
@@ -120,6 +124,7 @@ def restore(run: Run) -> bool:
             _LOG.info("The checkpoint %s has no key convolution: it starts as the identity.", path)
     models = {_chunk_key(run, index): unwrap_model(chunk) for index, chunk in enumerate(run.chunks)}
     state = _load(path, wanted, models, optional)
+    _tell_other_model(run.config, metadata)
     if weights_only:
         run.optimizer.reload_model_params()
         return True
@@ -149,6 +154,10 @@ def load_weights(path: Path, model: MegatronModule, data_context: dist.ProcessGr
     _load(path, state, {"model": model}, [_EXTRA_STATE])
 
 
+def _step_name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
 def _load(path: Path, wanted: dict[str, Any], models: dict[str, MegatronModule], optional: list[str]) -> dict[str, Any]:
     """Load what is wanted, and the models' weights into the models.
 
@@ -175,6 +184,16 @@ def _verify(path: Path, metadata: Metadata) -> None:
     for name, found in gather_checksums(path, sorted(metadata.manifest)).items():
         if found != metadata.manifest[name]:
             raise corrupt(path, f"{name} is not the file that was saved (its checksum differs)")
+
+
+def _tell_other_model(config: RunConfig, metadata: Metadata) -> None:
+    """Weights of the same shape may be given another rotary embedding, to stretch them: what they had is said."""
+    theirs, ours = from_dict(metadata.config["model"], ModelConfig, "model."), config.model
+    if (theirs.rope_base, theirs.rope_scaling) != (ours.rope_base, ours.rope_scaling):
+        length = metadata.config["train"]["sequence_length"]
+        _LOG.info("the checkpoint's rotary embedding was another: %s", metadata.rope or describe_rope(theirs, length))
+    if not math.isclose(theirs.norm_epsilon, ours.norm_epsilon, rel_tol=1e-6):
+        _LOG.info("model.norm_epsilon was %g in the checkpoint and is now %g", theirs.norm_epsilon, ours.norm_epsilon)
 
 
 def _tell_other_plan(config: RunConfig, metadata: Metadata) -> None:

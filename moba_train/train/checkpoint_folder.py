@@ -10,6 +10,7 @@ and CRC-32 of every file), so that a truncated or altered file is named before a
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ __all__ = [
     "loads_weights_only",
     "locate",
     "manifest_of",
+    "outdated",
     "point_latest",
     "read_metadata",
     "write_metadata",
@@ -123,6 +125,13 @@ def latest_checkpoint(root: Path) -> Path | None:
 def complete_checkpoints(root: Path) -> list[Path]:
     """The complete checkpoints of a checkpoints folder, oldest first."""
     return sorted(path for path in root.glob("step_*") if path.suffix != ".partial")
+
+
+def outdated(newest: Path, keep_last: int, kept: Collection[str] = ()) -> list[Path]:
+    """The checkpoints that go when `newest` and the last before it stay, `keep_last` in all; those named in `kept` stay
+    as well. Later ones than `newest` are not touched."""
+    older = [path for path in complete_checkpoints(newest.parent) if path.name < newest.name and path.name not in kept]
+    return older[: max(0, len(older) + 1 - keep_last)]
 
 
 def check(config: RunConfig, stage_start: int = 0) -> None:
@@ -278,7 +287,7 @@ def _check_position(config: RunConfig, path: Path, metadata: Metadata, stage_sta
 
 def begins_stage(config: RunConfig, path: Path, metadata: Metadata, stage_start: int) -> bool:
     """Whether a stage after the first begins from this checkpoint, with rows of its own."""
-    return stage_start > 0 and is_own(config, path) and metadata.step == stage_start
+    return stage_start > 0 and metadata.step == stage_start and not loads_weights_only(config, path)
 
 
 def _check_rows(config: RunConfig, path: Path, metadata: Metadata, stage_start: int) -> None:

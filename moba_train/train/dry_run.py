@@ -51,7 +51,7 @@ def _print_stage(stage: Stage, world_size: int) -> None:
                 "tensor x pipeline x context x data",
                 f"{parallel.tensor} x {parallel.pipeline} x {parallel.context} x {dp}",
             ),
-            ("layers per stage", model.num_layers // (parallel.pipeline * parallel.virtual_pipeline)),
+            ("layers per pipeline stage", model.num_layers // parallel.pipeline),
             ("tokens per row", length),
             ("tokens per GPU and row", length // parallel.context),
             ("micro-batches per step and rank", train.global_batch_size // dp),

@@ -30,6 +30,7 @@ from moba_train.data.pretrain import PretrainData, build_datasets
 from moba_train.data.sft import RUN_TOKENIZER, SftData, build_sft, check_sft
 from moba_train.data.validate import check_data, content_hash
 from moba_train.model.build import build_model
+from moba_train.model.freeze import check_freeze
 from moba_train.model.layer_plan import plan_phases
 from moba_train.model.rope import Frequencies, inverse_frequencies
 from moba_train.parallel import groups as mesh
@@ -104,12 +105,12 @@ def preflight(config: RunConfig) -> int:
 
 
 def current_stage(stages: tuple[Stage, ...]) -> int:
-    """Index of the stage that the run begins or goes on in: where its own newest checkpoint is; the last one at the
-    end of all."""
+    """Index of the stage that the run begins or goes on in: where the checkpoint that it starts from is; the last one
+    at the end of all."""
     first = stages[0].config
     if len(stages) == 1 or (start := checkpoint_folder.find_start(first)) is None:
         return 0
-    if not checkpoint_folder.is_own(first, start):
+    if checkpoint_folder.loads_weights_only(first, start):
         return 0
     step = checkpoint_folder.read_metadata(start).step
     return next((index for index, stage in enumerate(stages) if step < stage.end), len(stages) - 1)
@@ -120,6 +121,7 @@ def _check_stage(stage: Stage, world_size: int, ahead: int) -> None:
     config = stage.config
     validate(config, world_size)
     plan_phases(planned(config).attention, config.model.num_layers)
+    check_freeze(config)
     if config.dry_run or ahead < 0:
         return
     if config.sft.path is None:
@@ -243,9 +245,12 @@ def _build_data(config: RunConfig, steps: int) -> PretrainData | SftData:
 
 
 def _shared_folder(config: RunConfig) -> Path:
-    """The run folder, chosen by rank 0 and told to all ranks."""
+    """The run folder, chosen by rank 0 and told to all ranks; ConfigError where it cannot be made after all."""
     folder = [config.run.dir or f"runs/{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"]
     dist.broadcast_object_list(folder)
     path = Path(folder[0]).absolute()
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError("run.dir", str(path), f"cannot be made ({error.strerror}); choose another") from None
     return path

@@ -59,6 +59,10 @@ def test_the_configuration_survives_its_own_dictionary():
         ("train.steps=abc", "train.steps", "int"),
         ("train.steps=1.5", "train.steps", "int"),
         ("attention.top_k=true", "attention.top_k", "int"),
+        ("optim.learning_rate=inf", "optim.learning_rate", "finite"),
+        ("optim.learning_rate=nan", "optim.learning_rate", "finite"),
+        ("run.dir=", "run.dir", "empty"),
+        ("data.path=", "data.path", "empty"),
         ("model=null", "overrides", "must be a string"),
         ("train", "train", "key=value"),
     ],
@@ -95,6 +99,15 @@ class TestCommandLine:
         assert "What it does." in text
         assert "128k" in text
         assert "dense_last_layers" in text
+
+    @pytest.mark.parametrize("rank, said", [("0", "\ninterrupted\n"), ("1", "")])
+    def test_ctrl_c_before_training_is_no_traceback(self, capsys, monkeypatch, rank, said):
+        def interrupted(config):
+            raise KeyboardInterrupt
+
+        monkeypatch.setenv("RANK", rank)
+        assert run_command_line(interrupted, "doc", []) == 130
+        assert capsys.readouterr().err == said
 
     @pytest.mark.parametrize("rank, local_rank, waited", [("0", "0", []), ("8", "0", []), ("9", "1", [10.0])])
     def test_an_error_is_one_message_a_machine_and_others_leave_it_the_word(

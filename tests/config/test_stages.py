@@ -80,7 +80,6 @@ def test_stages_can_be_changed_and_left_out_by_name():
         ([], "parallel: {context: two}", r"stages\.long\.parallel\.context='two': expects int"),
         (["attention.schedule=[{step: 3, top_k: 2}]"], "", r"attention\.schedule=1: every stage has attention"),
         (["attention.dense_last_layers=auto"], "", r"attention\.dense_last_layers='auto'"),
-        (["checkpoint.load=runs/x"], "", r"checkpoint\.load='runs/x': .*load_weights_only=true"),
         (["sft.path=chats", "data.path=null"], "", r"sft\.path='chats'"),
         (["model.vocab_size=4097"], "parallel: {tensor: 2}", r"stages\.long\.parallel\.tensor=2: pads the vocabulary"),
     ],

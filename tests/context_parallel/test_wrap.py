@@ -63,7 +63,7 @@ def test_all_to_all_names_heads_that_cannot_be_dealt(pair, heads, key_heads, ref
     "changes, message",
     [
         ({"rows": 11}, "q has 11 rows, but each of 2 context ranks holds 12 of 24"),
-        ({"heads": 5}, "5 query heads do not divide by 2 key heads"),
+        ({"heads": 5}, "5 query heads are not divisible by 2 key heads"),
         ({"q_positions": None}, r"use layout.positions\(0\)"),
         ({"q_positions": zigzag(ROWS, 2).positions(1)}, r"not the rows of context rank 0"),
         ({"k_positions": zigzag(ROWS, 2).positions(0)}, "k_positions are the wrapper's own business"),

@@ -2,7 +2,8 @@
 
 `fn(rank, world_size, *args)` must live at the top of a module and return something picklable. On a CPU ranks are forks
 of a server that has imported what they all need (preload.py) and runs no thread, so a rank costs a fraction of a
-second; with GPUs, which do not survive a fork, each is a new interpreter.
+second; with GPUs, which do not survive a fork, each is a new interpreter. `run_script` runs a script of the repository
+in such a fork.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import faulthandler
 import multiprocessing
 import os
 import pickle
+import runpy
+import subprocess
 import sys
 import tempfile
 import time
@@ -24,7 +27,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-__all__ = ["run_distributed"]
+__all__ = ["run_distributed", "run_script"]
 
 _PRELOAD = ["tests.helpers.preload"]
 
@@ -52,6 +55,28 @@ def run_distributed(fn: Callable, world_size: int, *args: Any, timeout: float = 
                 process.kill()
                 process.join()
         return [pickle.loads((Path(folder) / f"{rank}.result").read_bytes()) for rank in range(world_size)]
+
+
+def run_script(command: list[str], *, cwd: Path, env: dict[str, str], **unused: Any) -> subprocess.CompletedProcess:
+    """As `subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)`, imports done."""
+    with tempfile.TemporaryDirectory() as folder:
+        process = _context("gloo").Process(target=_script_main, args=(command[1:], cwd, env, folder))
+        process.start()
+        process.join()
+        said = [Path(folder, name).read_text() for name in ("stdout", "stderr")]
+        return subprocess.CompletedProcess(command, process.exitcode or 0, *said)
+
+
+def _script_main(arguments: list[str], cwd: Path, env: dict[str, str], folder: str) -> None:
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(cwd)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT), number)
+    torch.set_num_threads(1)
+    sys.argv = arguments
+    sys.path[0] = str(Path(arguments[0]).parent)
+    runpy.run_path(arguments[0], run_name="__main__")
 
 
 def _context(backend: str) -> SpawnContext | ForkServerContext:

@@ -160,7 +160,7 @@ def _frozen(root: Path, world_size: int, layouts: dict[str, list[str]]) -> dict[
         finally:
             parallel_state.destroy_model_parallel()
 
-    found: dict[str, Any] = {"error": {}}
+    found: dict[str, Any] = {}
     for layout, overrides in layouts.items():
         options = [FREEZE, *overrides]
         straight, changed = steps(f"frozen-{world_size}-{layout}", 3, *options)
@@ -170,11 +170,10 @@ def _frozen(root: Path, world_size: int, layouts: dict[str, list[str]]) -> dict[
             halves = steps(folder, 2, *options, save=True)[0] + steps(folder, 1, *options)[0]
             found[layout] = (straight, changed, halves)
     if world_size == 2:
-        for folder, freeze in {"stopped-2-data": "[]", "nothing": '["decoder.layers.4.*"]', "all": '["*"]'}.items():
-            try:
-                steps(folder, 0, f"train.freeze={freeze}")
-            except ConfigError as error:
-                found["error"][folder] = str(error)
+        try:
+            steps("stopped-2-data", 0, "train.freeze=[]")
+        except ConfigError as error:
+            found["error"] = str(error)
     return found
 
 
@@ -282,12 +281,9 @@ def test_with_frozen_parameters_a_stopped_run_resumes_bit_by_bit(found: dict, la
         assert halves == straight
 
 
-def test_freezing_is_refused_alike_on_every_rank(found: dict) -> None:
+def test_what_is_frozen_may_not_change_on_resume(found: dict) -> None:
     for rank in found["pair"]:
-        errors = rank["frozen"]["error"]
-        assert errors["stopped-2-data"].startswith("train.freeze=")
-        assert "'decoder.layers.4.*' matches no parameter; they have names such as" in errors["nothing"]
-        assert "nothing would train" in errors["all"]
+        assert rank["frozen"]["error"].startswith("train.freeze=")
 
 
 def test_chat_rows_resume_bit_by_bit(found: dict) -> None:

@@ -29,7 +29,8 @@ STOPS = (1, 1, 1, 2, None)  # steps of each launch: within the first stage, at i
 
 
 def _config(data, folder, *overrides):
-    return compose([*SMALL, f"data.path={data}", f"run.dir={folder}", f"train.steps={STEPS}", *STAGES, *overrides])
+    ours = [f"data.path={data}", f"run.dir={folder}", f"train.steps={STEPS}", "checkpoint.keep_last=1"]
+    return compose([*SMALL, *ours, *STAGES, *overrides])
 
 
 def _digest(run):
@@ -88,10 +89,11 @@ def _runs(rank, world_size, data, root):
         mock.patch.object(loop.checkpoint, "save", noted_save),
         mock.patch.object(loop, "resolve_dense_layers", noted_begin),
     ):
-        for name, stops in (("straight", (None,)), ("stopped", STOPS)):
+        load = f"checkpoint.load={root / 'straight' / 'checkpoints' / 'step_00000004'}"
+        for name, stops, *more in (("straight", (None,)), ("stopped", STOPS), ("from_long", (None,), load)):
             for steps in stops:
                 with mock.patch.object(loop, "_StopSignal", lambda steps=steps: _StopAfter(steps)):
-                    assert loop.pretrain(_config(data, root / name)) == 0
+                    assert loop.pretrain(_config(data, root / name, *more)) == 0
                 parallel_state.destroy_model_parallel()
     return begun, saved, groups
 
@@ -125,6 +127,12 @@ def test_a_run_stopped_anywhere_equals_the_straight_one(found, root):
         for (name, step), (digest, _, _) in begun.items():
             if name == "stopped" and step not in (0, 2, 4):  # within a stage; between stages layouts differ
                 assert digest == saved[name, step][0]
+
+
+def test_what_stages_ended_with_is_kept_and_can_be_gone_on_from(found, root):
+    saved = checkpoint_folder.complete_checkpoints(root / "straight" / "checkpoints")
+    assert [path.name for path in saved] == [f"step_{step:08d}" for step in (2, 4, 6)]  # keep_last=1
+    assert _steps(root / "from_long") == _steps(root / "straight")[4:]
 
 
 def test_every_stage_begins_with_weights_and_optimizer_of_the_one_before(found):

@@ -83,15 +83,18 @@ def _recording(op, asked):
 
 def _one_process(rank, world_size):
     from megatron.core import parallel_state
+    from megatron.core.utils import unwrap_model
 
     from moba_train.model.core_attention import CoreAttention, set_layer_plan
+    from moba_train.model.freeze import parameter_names
     from moba_train.model.key_conv import KeyConv
 
-    found = {"parameters": {}}
+    found = {"parameters": {}, "names": {}}
     for name, model in VARIANTS.items():
         config = dataclasses.replace(CONFIG, model=model)
         (chunk,) = _build(config)
         found["parameters"][name] = sum(p.numel() for p in chunk.parameters())
+        found["names"][name] = [parameter for parameter, _ in parameter_names(unwrap_model(chunk))]
         parallel_state.destroy_model_parallel()
 
     (chunk,) = _build(CONFIG)
@@ -106,6 +109,7 @@ def _one_process(rank, world_size):
 
     parallel_state.destroy_model_parallel()
     (convolved,) = _build(dataclasses.replace(CONFIG, attention=dataclasses.replace(CONFIG.attention, key_conv=3)))
+    found["names"]["key_conv"] = [parameter for parameter, _ in parameter_names(unwrap_model(convolved))]
     found["parameters"]["key_conv"] = sum(p.numel() for p in convolved.parameters())
     convolutions = [module for module in convolved.modules() if isinstance(module, KeyConv)]
     found["convolutions"] = len(convolutions)
@@ -179,6 +183,15 @@ def built():
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_parameters_are_as_many_as_estimated(built, variant):
     assert built["parameters"][variant] == parameter_count(VARIANTS[variant])
+
+
+@pytest.mark.parametrize("variant", [*VARIANTS, "key_conv"])
+def test_parameters_have_the_names_that_freezing_expects(built, variant):
+    from moba_train.model.freeze import expected_names
+
+    attention = dataclasses.replace(CONFIG.attention, key_conv=3 if variant == "key_conv" else 0)
+    config = dataclasses.replace(CONFIG, model=VARIANTS.get(variant, MODEL), attention=attention)
+    assert sorted(built["names"][variant]) == sorted(expected_names(config))
 
 
 def test_key_convolutions_are_counted_and_in_every_layer(built):

@@ -19,7 +19,7 @@ from torch import Tensor
 from moba_train.attention.kernels.pairs import LOG2E
 from moba_train.attention.kernels.query_gradient import launch_query_gradient
 from moba_train.attention.kernels.routing import PairLists, route
-from moba_train.attention.kernels.tiles import backward_tiles, padded_dim
+from moba_train.attention.kernels.tiles import backward_tiles, ceil_div, padded_dim
 
 __all__ = ["launch_backward"]
 
@@ -62,7 +62,7 @@ def launch_backward(
     # Deterministic dQ comes from its own pass, which starts from nothing.
     shape = (1,) if deterministic else (num_tokens, num_heads, head_dim)
     dq32 = torch.zeros(shape, dtype=torch.float32, device=q_THD.device)
-    per_block = triton.cdiv(block_size, tiles.cols)
+    per_block = ceil_div(block_size, tiles.cols)
     _key_gradient_kernel[(per_block * num_blocks, num_kv_heads)](
         q_THD,
         k_SGD,
@@ -122,7 +122,7 @@ def row_terms(dout_THD: Tensor, dlse_TH: Tensor | None, out_THD: Tensor, lse_TH:
     lse2_TH = torch.empty_like(lse_TH)
     delta_TH = torch.empty_like(lse_TH)
     rows = num_tokens * num_heads
-    _row_terms_kernel[(triton.cdiv(rows, 32),)](
+    _row_terms_kernel[(ceil_div(rows, 32),)](
         dout_THD,
         out_THD,
         lse_TH,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moba_train.attention.kernels.pairs import LOG2E, absorb, attend_pairs, load_keys
 from moba_train.attention.kernels.routing import launch_tile_map
-from moba_train.attention.kernels.tiles import key_argument, own_tiles, padded_dim, uses_tma
+from moba_train.attention.kernels.tiles import ceil_div, key_argument, own_tiles, padded_dim, power_of_two, uses_tma
 
 __all__ = ["launch_forward", "slices"]
 
@@ -86,7 +86,7 @@ def launch_forward(
             H=q.shape[1],
             RATIO=ratio,
             K=picks.shape[2],
-            KP=max(2, triton.next_power_of_2(picks.shape[2] - 1)),
+            KP=max(2, power_of_two(picks.shape[2] - 1)),
             D=head_dim,
             DP=padded_dim(head_dim),
             BM=own.rows,
@@ -109,7 +109,7 @@ def slices(q_THD: Tensor, picks_THK: Tensor, num_kv_heads: int) -> list[slice]:
     count = max(1, min(num_kv_heads, int(budget // max(1, per_group))))
     while count > 1 and num_tokens * ratio * count * top_k >= 2**31:
         count -= 1
-    count = triton.cdiv(num_kv_heads, triton.cdiv(num_kv_heads, count))
+    count = ceil_div(num_kv_heads, ceil_div(num_kv_heads, count))
     return [slice(g, min(g + count, num_kv_heads)) for g in range(0, num_kv_heads, count)]
 
 

@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moba_train.attention.custom_op import custom_op
 from moba_train.attention.gate import with_first_block
-from moba_train.attention.kernels.tiles import check_supported, gate_tiles, padded_dim
+from moba_train.attention.kernels.tiles import ceil_div, check_supported, gate_tiles, padded_dim, power_of_two
 from moba_train.attention.sequence import SequenceInfo
 
 __all__ = ["block_sums", "select_from_means"]
@@ -54,7 +55,11 @@ def select_from_means(
     return with_first_block(picks_THK, seq, block_size) if force_first_block else picks_THK
 
 
-@torch.library.custom_op("moba_train::block_sums", mutates_args=())
+def _fake_sums(k_SGD, start_N, end_N):
+    return k_SGD.new_empty((start_N.shape[0], *k_SGD.shape[1:]), dtype=torch.float64)
+
+
+@custom_op("block_sums", fake=_fake_sums)
 def _sums(k_SGD: Tensor, start_N: Tensor, end_N: Tensor) -> Tensor:
     num_blocks = start_N.shape[0]
     _, num_kv_heads, head_dim = k_SGD.shape
@@ -68,19 +73,18 @@ def _sums(k_SGD: Tensor, start_N: Tensor, end_N: Tensor) -> Tensor:
             *k_SGD.stride(),
             G=num_kv_heads,
             D=head_dim,
-            DP=triton.next_power_of_2(head_dim),
+            DP=power_of_two(head_dim),
             BN=32,
             num_warps=4,
         )
     return sums_NGD
 
 
-@_sums.register_fake
-def _(k_SGD, start_N, end_N):
-    return k_SGD.new_empty((start_N.shape[0], *k_SGD.shape[1:]), dtype=torch.float64)
+def _fake_select(q_THD, means_NGD, first_T, own_T, top_k, forced, shared):
+    return q_THD.new_empty((*q_THD.shape[:2], top_k), dtype=torch.int32)
 
 
-@torch.library.custom_op("moba_train::select_blocks", mutates_args=())
+@custom_op("select_blocks", fake=_fake_select)
 def _select(
     q_THD: Tensor, means_NGD: Tensor, first_T: Tensor, own_T: Tensor, top_k: int, forced: int, shared: bool
 ) -> Tensor:
@@ -95,7 +99,7 @@ def _select(
     tiles = gate_tiles(q_THD.dtype, head_dim, num_tokens)
     ratio = num_heads // means_NGD.shape[1]
     heads = ratio if shared else 1
-    _select_kernel[(triton.cdiv(num_tokens, tiles.rows), num_heads // heads)](
+    _select_kernel[(ceil_div(num_tokens, tiles.rows), num_heads // heads)](
         q_THD,
         parts,
         first_T,
@@ -112,7 +116,7 @@ def _select(
         DP=padded_dim(head_dim),
         K=top_k,
         FORCED=forced,
-        KP=max(2, triton.next_power_of_2(top_k - forced)),
+        KP=max(2, power_of_two(top_k - forced)),
         PARTS=parts.shape[0],
         BM=tiles.rows,
         BN=tiles.cols,
@@ -122,11 +126,6 @@ def _select(
     return picks_THK
 
 
-@_select.register_fake
-def _(q_THD, means_NGD, first_T, own_T, top_k, forced, shared):
-    return q_THD.new_empty((*q_THD.shape[:2], top_k), dtype=torch.int32)
-
-
 def _split(means_NGD: Tensor, dtype: torch.dtype) -> Tensor:
     """[parts, N, G, D] in `dtype`, whose (scaled) sum is the fp32 means."""
     num_parts = {torch.bfloat16: 3, torch.float16: 2}.get(dtype, 1)
@@ -134,7 +133,7 @@ def _split(means_NGD: Tensor, dtype: torch.dtype) -> Tensor:
         return means_NGD.contiguous()[None]
     parts = torch.empty(num_parts, *means_NGD.shape, dtype=dtype, device=means_NGD.device)
     size = means_NGD.numel()
-    _split_kernel[(triton.cdiv(size, 1024),)](means_NGD.contiguous(), parts, size, PARTS=num_parts, WIDTH=1024)
+    _split_kernel[(ceil_div(size, 1024),)](means_NGD.contiguous(), parts, size, PARTS=num_parts, WIDTH=1024)
     return parts
 
 

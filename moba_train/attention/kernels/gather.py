@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moba_train.attention.kernels.routing import PairLists
-from moba_train.attention.kernels.tiles import padded_dim
+from moba_train.attention.kernels.tiles import ceil_div, padded_dim
 
 __all__ = ["gather", "merge_parts", "sum_parts"]
 
@@ -38,7 +38,7 @@ def gather(
     scalar = q_THD if lse_TH is None else lse_TH
     rows = [torch.empty(num_pairs, head_dim, dtype=q_THD.dtype, device=q_THD.device) for _ in range(1 + backward)]
     numbers = [torch.empty(num_pairs, dtype=torch.float32, device=q_THD.device) for _ in range(2 * backward)]
-    _gather_kernel[(triton.cdiv(num_pairs, 64),)](
+    _gather_kernel[(ceil_div(num_pairs, 64),)](
         lists.pairs,
         lists.starts[-1:],
         q_THD,
@@ -71,7 +71,7 @@ def merge_parts(out_THD: Tensor, lse_TH: Tensor, parts_PD: Tensor, part_lse_P: T
     assert lists.places is not None
     num_tokens, num_heads, head_dim = out_THD.shape
     rows = num_tokens * num_heads
-    _merge_kernel[(triton.cdiv(rows, 32),)](
+    _merge_kernel[(ceil_div(rows, 32),)](
         out_THD,
         lse_TH,
         parts_PD,
@@ -95,7 +95,7 @@ def sum_parts(total_THD: Tensor, parts_PD: Tensor, lists: PairLists) -> None:
     assert lists.places is not None
     num_tokens, num_heads, head_dim = total_THD.shape
     rows = num_tokens * num_heads
-    _sum_kernel[(triton.cdiv(rows, 32),)](
+    _sum_kernel[(ceil_div(rows, 32),)](
         total_THD,
         parts_PD,
         lists.places,

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moba_train.attention.kernels.tiles import check_supported
+from moba_train.attention.custom_op import custom_op
+from moba_train.attention.kernels.tiles import ceil_div, check_supported, power_of_two
 from moba_train.attention.sequence import SequenceInfo
 
 __all__ = ["convolve_keys"]
@@ -44,23 +45,26 @@ class _Convolve(torch.autograd.Function):
         return *_backward(dout_TGD, *ctx.saved_tensors), None, None, None
 
 
-@torch.library.custom_op("moba_train::convolve_keys", mutates_args=())
+def _fake_forward(k_SGD, weight_GDW, reach_S, query_S, num_queries):
+    return k_SGD.new_empty((num_queries, *k_SGD.shape[1:]))
+
+
+@custom_op("convolve_keys", fake=_fake_forward)
 def _forward(k_SGD: Tensor, weight_GDW: Tensor, reach_S: Tensor, query_S: Tensor, num_queries: int) -> Tensor:
     num_keys, num_kv_heads, head_dim = k_SGD.shape
     out_TGD = torch.empty(num_queries, num_kv_heads, head_dim, dtype=k_SGD.dtype, device=k_SGD.device)
     if out_TGD.numel():
-        _forward_kernel[(triton.cdiv(num_keys, _TILE), num_kv_heads)](
+        _forward_kernel[(ceil_div(num_keys, _TILE), num_kv_heads)](
             k_SGD, weight_GDW, reach_S, query_S, out_TGD, num_keys, *_strides(k_SGD, weight_GDW), **_sizes(weight_GDW)
         )
     return out_TGD
 
 
-@_forward.register_fake
-def _(k_SGD, weight_GDW, reach_S, query_S, num_queries):
-    return k_SGD.new_empty((num_queries, *k_SGD.shape[1:]))
+def _fake_backward(dout_TGD, k_SGD, weight_GDW, reach_S, query_S):
+    return k_SGD.new_empty(k_SGD.shape), weight_GDW.new_empty(weight_GDW.shape)
 
 
-@torch.library.custom_op("moba_train::convolve_keys_backward", mutates_args=())
+@custom_op("convolve_keys_backward", fake=_fake_backward)
 def _backward(
     dout_TGD: Tensor, k_SGD: Tensor, weight_GDW: Tensor, reach_S: Tensor, query_S: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -68,7 +72,7 @@ def _backward(
     width = weight_GDW.shape[2]
     dout_TGD = dout_TGD.contiguous()
     dk_SGD = torch.empty(k_SGD.shape, dtype=k_SGD.dtype, device=k_SGD.device)
-    programs = triton.cdiv(num_keys, _ROWS)
+    programs = ceil_div(num_keys, _ROWS)
     partial = torch.empty(programs, num_kv_heads, width, head_dim, dtype=torch.float32, device=k_SGD.device)
     if dk_SGD.numel():
         dmixed_TGD = torch.empty(dout_TGD.shape, dtype=torch.float32, device=k_SGD.device)
@@ -84,18 +88,13 @@ def _backward(
             num_keys,
             *strides,
             **sizes,
-            WP=triton.next_power_of_2(width),
+            WP=power_of_two(width),
             ROWS=_ROWS,
         )
-        _key_gradient_kernel[(triton.cdiv(num_keys, _TILE), num_kv_heads)](
+        _key_gradient_kernel[(ceil_div(num_keys, _TILE), num_kv_heads)](
             weight_GDW, reach_S, query_S, dout_TGD, dmixed_TGD, dk_SGD, num_keys, *strides[3:], **sizes
         )
     return dk_SGD, partial.sum(0).transpose(1, 2).contiguous().to(weight_GDW.dtype)
-
-
-@_backward.register_fake
-def _(dout_TGD, k_SGD, weight_GDW, reach_S, query_S):
-    return k_SGD.new_empty(k_SGD.shape), weight_GDW.new_empty(weight_GDW.shape)
 
 
 def _strides(k_SGD: Tensor, weight_GDW: Tensor) -> tuple[int, ...]:
@@ -104,7 +103,7 @@ def _strides(k_SGD: Tensor, weight_GDW: Tensor) -> tuple[int, ...]:
 
 def _sizes(weight_GDW: Tensor) -> dict[str, int]:
     num_kv_heads, head_dim, width = weight_GDW.shape
-    padded = triton.next_power_of_2(head_dim)
+    padded = power_of_two(head_dim)
     return {"G": num_kv_heads, "D": head_dim, "DP": padded, "W": width, "BM": _TILE, "num_warps": 4}
 
 

@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor
 
+from moba_train.attention.custom_op import custom_op
 from moba_train.attention.kernels.backward import launch_backward
 from moba_train.attention.kernels.forward import launch_forward
 from moba_train.attention.kernels.tiles import check_supported
@@ -62,12 +63,16 @@ def full_attention(
 
 
 def forward_inputs(seq: SequenceInfo, block_size: int, device: torch.device) -> tuple[Tensor | int, ...]:
-    """What the ops are told of the blocks, between the picks and the scale."""
-    table = seq.blocks(block_size)
-    on = table.on(device)
-    bounds = (on.held_start_N, on.held_end_N, on.query_start_N, on.query_end_N, on.limit_T)
-    # The longest block bounds every loop; a block_size far beyond the documents must not inflate the grids.
-    return *bounds, max(1, table.max_block), _granularity(seq, block_size)
+    """What the ops are told of the blocks, between the picks and the scale; made once per batch."""
+
+    def build() -> tuple[Tensor | int, ...]:
+        table = seq.blocks(block_size)
+        on = table.on(device)
+        bounds = (on.held_start_N, on.held_end_N, on.query_start_N, on.query_end_N, on.limit_T)
+        # The longest block bounds every loop; a block_size far beyond the documents must not inflate the grids.
+        return *bounds, max(1, table.max_block), _granularity(seq, block_size)
+
+    return seq.once(("forward inputs", block_size, device), build)
 
 
 def _granularity(seq: SequenceInfo, block_size: int) -> int:
@@ -94,7 +99,12 @@ class _Attend(torch.autograd.Function):
         return *_backward(dout_THD, dlse_TH, *ctx.saved_tensors, *ctx.rest), None, None, None, None
 
 
-@torch.library.custom_op("moba_train::moba_forward", mutates_args=())
+def _fake_forward(q_THD, k_SGD, v_SGD, picks_THK, *_bounds_and_sizes):
+    num_tokens, num_heads, _ = q_THD.shape
+    return q_THD.new_empty(q_THD.shape), q_THD.new_empty((num_tokens, num_heads), dtype=torch.float32)
+
+
+@custom_op("moba_forward", fake=_fake_forward)
 def moba_forward(
     q_THD: Tensor,
     k_SGD: Tensor,
@@ -117,13 +127,11 @@ def moba_forward(
     )  # fmt: skip
 
 
-@moba_forward.register_fake
-def _(q_THD, k_SGD, v_SGD, picks_THK, *_bounds_and_sizes):
-    num_tokens, num_heads, _ = q_THD.shape
-    return q_THD.new_empty(q_THD.shape), q_THD.new_empty((num_tokens, num_heads), dtype=torch.float32)
+def _fake_backward(dout_THD, dlse_TH, q_THD, k_SGD, v_SGD, *_rest):
+    return q_THD.new_empty(q_THD.shape), k_SGD.new_empty(k_SGD.shape), v_SGD.new_empty(v_SGD.shape)
 
 
-@torch.library.custom_op("moba_train::moba_backward", mutates_args=())
+@custom_op("moba_backward", fake=_fake_backward)
 def _backward(
     dout_THD: Tensor,
     dlse_TH: Tensor | None,
@@ -150,11 +158,6 @@ def _backward(
         dout_THD, dlse_TH, q_THD, k_SGD, v_SGD, out_THD, lse_TH.contiguous(), picks_THK, key_start_N,
         key_end_N, query_start_N, query_end_N, limit_T, block_size, granularity, scale, deterministic,
     )  # fmt: skip
-
-
-@_backward.register_fake
-def _(dout_THD, dlse_TH, q_THD, k_SGD, v_SGD, *_rest):
-    return q_THD.new_empty(q_THD.shape), k_SGD.new_empty(k_SGD.shape), v_SGD.new_empty(v_SGD.shape)
 
 
 def is_deterministic(asked: bool | None) -> bool:

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moba_train.attention.kernels.tiles import ceil_div, power_of_two
+
 __all__ = ["PairLists", "launch_tile_map", "route"]
 
 _FEW_SEGMENTS, _MANY_SEGMENTS = 1 << 21, 1 << 26
@@ -41,11 +43,11 @@ def route(
     num_lists = num_kv_heads * num_blocks
     # Short spans keep programs off each other's counters; the counters must stay few against the pairs.
     span = 4096
-    while span > 256 and num_heads * num_blocks * triton.cdiv(num_tokens, span) < _FEW_SEGMENTS:
+    while span > 256 and num_heads * num_blocks * ceil_div(num_tokens, span) < _FEW_SEGMENTS:
         span //= 2
-    while num_heads * num_blocks * triton.cdiv(num_tokens, span) > _MANY_SEGMENTS and span < num_tokens:
+    while num_heads * num_blocks * ceil_div(num_tokens, span) > _MANY_SEGMENTS and span < num_tokens:
         span *= 2
-    num_spans = triton.cdiv(num_tokens, span)
+    num_spans = ceil_div(num_tokens, span)
     stride = num_spans * ratio
     # Segment s is counted in place 1 + s, so the running sum holds its start in place s and its end in place 1 + s.
     counts = torch.zeros(num_lists * stride + 1, dtype=torch.int32, device=picks_THK.device)
@@ -57,7 +59,7 @@ def route(
         per_program, per_step = (span, 1) if deterministic and not scatter else (128, 128)
         if scatter:
             bounds = torch.cumsum(counts, dim=0, dtype=torch.int32)
-        _route_kernel[(triton.cdiv(num_tokens, per_program), num_heads)](
+        _route_kernel[(ceil_div(num_tokens, per_program), num_heads)](
             picks_THK,
             bounds,
             ranks,
@@ -70,7 +72,7 @@ def route(
             H=num_heads,
             RATIO=ratio,
             K=top_k,
-            KP=triton.next_power_of_2(top_k - 1),
+            KP=power_of_two(top_k - 1),
             SPAN=span,
             PER_PROGRAM=per_program,
             PER_STEP=per_step,

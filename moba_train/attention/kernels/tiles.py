@@ -5,6 +5,7 @@ D head dim, DP head dim rounded up to a power of two.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -15,12 +16,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 __all__ = [
     "Tiles",
     "backward_tiles",
+    "ceil_div",
     "check_supported",
     "forward_tiles",
     "gate_tiles",
     "key_argument",
     "own_tiles",
     "padded_dim",
+    "power_of_two",
     "query_tiles",
     "uses_tma",
 ]
@@ -52,17 +55,30 @@ def check_supported(q_THD: Tensor) -> None:
         raise ValueError(f"the triton backend holds head dims up to 256, got {q_THD.shape[2]}; use backend='portable'")
 
 
+def ceil_div(amount: int, size: int) -> int:
+    """How many parts of `size` hold `amount`. (`triton.cdiv` costs the host microseconds a call.)"""
+    return -(-amount // size)
+
+
+def power_of_two(number: int) -> int:
+    """The least power of two that is not below `number`."""
+    return 1 << max(0, number - 1).bit_length()
+
+
+@cache
 def padded_dim(head_dim: int) -> int:
     """Width of a tile of this head dim: a power of two that the matrix units accept."""
-    return max(16, triton.next_power_of_2(head_dim))
+    return max(16, power_of_two(head_dim))
 
 
+@cache
 def gate_tiles(dtype: torch.dtype, head_dim: int, num_tokens: int) -> Tiles:
     """Queries against block means."""
     wide = dtype == torch.float32 or padded_dim(head_dim) > 128
     return _fit(Tiles(64, 32, 4, 2) if wide else Tiles(64, 64, 4, 2), 1 << 20, num_tokens)
 
 
+@cache
 def forward_tiles(dtype: torch.dtype, head_dim: int, block_size: int, num_rows: int) -> Tiles:
     """Gathered queries against whole blocks; `num_rows` bounds the rows of the longest list."""
     if dtype == torch.float32 or padded_dim(head_dim) > 128:
@@ -76,6 +92,7 @@ def forward_tiles(dtype: torch.dtype, head_dim: int, block_size: int, num_rows: 
     return _fit(tiles, block_size, num_rows)
 
 
+@cache
 def own_tiles(dtype: torch.dtype, head_dim: int, block_size: int, num_rows: int) -> Tiles:
     """Causal attention in the own block, then the merge of the partial results."""
     if dtype == torch.float32 or padded_dim(head_dim) > 128:
@@ -87,6 +104,7 @@ def own_tiles(dtype: torch.dtype, head_dim: int, block_size: int, num_rows: int)
     return _fit(tiles, block_size, num_rows)
 
 
+@cache
 def query_tiles(dtype: torch.dtype, head_dim: int, block_size: int, num_rows: int) -> Tiles:
     """Gathered queries against whole blocks, for dQ alone."""
     if dtype == torch.float32 or padded_dim(head_dim) > 128:
@@ -96,6 +114,7 @@ def query_tiles(dtype: torch.dtype, head_dim: int, block_size: int, num_rows: in
     return _fit(tiles, block_size, num_rows)
 
 
+@cache
 def backward_tiles(dtype: torch.dtype, head_dim: int, block_size: int, num_rows: int) -> Tiles:
     """A tile of keys against all queries that picked its block."""
     if dtype == torch.float32 or padded_dim(head_dim) > 128:
@@ -129,6 +148,6 @@ def key_argument(x_SGD: Tensor, cols: int, tma: bool) -> Tensor | TensorDescript
 
 
 def _fit(tiles: Tiles, block_size: int, num_rows: int) -> Tiles:
-    rows = min(tiles.rows, max(16, triton.next_power_of_2(num_rows)))
-    cols = min(tiles.cols, max(16, triton.next_power_of_2(block_size)))
+    rows = min(tiles.rows, max(16, power_of_two(num_rows)))
+    cols = min(tiles.cols, max(16, power_of_two(block_size)))
     return tiles._replace(rows=rows, cols=cols, warps=4 if rows * cols <= 64 * 64 else tiles.warps)
