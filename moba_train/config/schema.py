@@ -158,16 +158,12 @@ class ParallelConfig:
     context_strategy: str = "all_gather"  # all_gather | all_to_all | ring
     full_context_strategy: str | None = None  # of full-attention layers, where they should differ
     context_inner: int = 1  # neighbouring context ranks (of one node) that swap heads; the strategy is across them
-    gather_heads: int | None = None  # all_gather: key heads of the whole context alive at a time; null: two
+    gather_heads: int | None = None  # all_gather: key heads of the whole context alive at a time; None: all
+    context_overlap: bool = True  # communicate under the attention; false is faster where that is all but free
     distributed_optimizer: bool = True
     overlap_grad_reduce: bool = False
     recompute: str = "none"  # none | selective | full
     timeout_s: int = 600  # a rank that is dead, or that others wait for, this long ends the run
-
-    @property
-    def key_heads_alive(self) -> int:
-        """What `gather_heads` says or, by default, one attended to and one that travels meanwhile."""
-        return 2 if self.gather_heads is None else self.gather_heads
 
 
 @dataclass(frozen=True)
