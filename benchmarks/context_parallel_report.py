@@ -67,9 +67,9 @@ def write(rows: list[Row], sections: dict[str, list[str]], about: str, folder: P
     lines = [
         f"# Context parallelism on {size} x {device}, {today}",
         "",
-        f"torch {torch.__version__}, CUDA {torch.version.cuda}, FlashAttention 4 {flash_library.version()}, "
-        f"Python {platform.python_version()}. {about}, random inputs; forward and backward; wall-clock time of the "
-        "slowest rank.",
+        f"torch {torch.__version__}, CUDA {torch.version.cuda}, FlashAttention 4 "
+        f"{flash_library.version() or 'not installed'}, Python {platform.python_version()}. {about}, random inputs; "
+        "forward and backward; wall-clock time of the slowest rank.",
         "Ideal: one device's time for the same rows in all, over the number of devices.",
         "",
         f"Command: `{' '.join(sys.argv)}`",
