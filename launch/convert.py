@@ -2,7 +2,7 @@
 """Bring a Hugging Face folder in as a core checkpoint, and take a checkpoint out as a Hugging Face folder.
 
   python launch/convert.py hf-to-core models/Llama-3.2-1B runs/llama
-      then train with checkpoint.load=runs/llama checkpoint.load_weights_only=true, in any layout
+      then train with model=llama3.2-1b checkpoint.load=runs/llama checkpoint.load_weights_only=true, in any layout
       (or leave this out and train with checkpoint.init_from_hf=models/Llama-3.2-1B)
   python launch/convert.py core-to-hf runs/llama-128k models/Llama-3.2-1B-128k
       a run folder (its latest checkpoint) or one step folder; the tokenizer comes along

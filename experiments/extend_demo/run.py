@@ -11,7 +11,8 @@
 4. Exported, loaded in transformers as full attention and as MoBA, and generating; launch/generate.py must write what
    transformers with MoBA writes.
 
-What is finished is not done again: delete --out to start over. This shows that it works, not that a model got better.
+Measured on one CPU core: 7.5 minutes and 10.3 GiB with SmolLM2, 3 minutes and 0.7 GiB with the tiny Llama. What is
+finished is not done again: delete --out to start over. This shows that it works, not that a model got better.
 """
 
 from __future__ import annotations

@@ -109,18 +109,23 @@ def _ranks() -> tuple[int, int]:
 
 def _values(overrides: Sequence[str]) -> dict[str, Any]:
     """The resolved values. Started from a Hugging Face folder, a run has the folder's model, unless `model=` names one;
-    the recipe's and the command line's own model.* values lie on top either way."""
+    the recipe's and the command line's own model.* values lie on top either way. Chat rows have its tokenizer, unless
+    sft.tokenizer names one."""
     ConfigStore.instance().store(name="schema", node=OmegaConf.create(to_dict(RunConfig())))
     values = _compose_values(overrides)
     folder = values["checkpoint"]["init_from_hf"]
-    if folder is None or any(override.startswith("model=") for override in overrides):
+    if folder is None:
         return values
     kept = Path(values["run"]["dir"] or "") / "hf"  # where a run keeps it, should the folder be gone by now
     source = kept if kept.is_dir() and not Path(folder).is_dir() else folder
-    key = "checkpoint.init_from_hf"
-    model = parse_config(read_config(source, key), Path(folder).resolve().name, key)
-    ConfigStore.instance().store(group="model", name="from_hf", node=OmegaConf.create(to_dict(model)))
-    return _compose_values([*overrides, "model=from_hf"])
+    if not any(override.startswith("model=") for override in overrides):
+        key = "checkpoint.init_from_hf"
+        model = parse_config(read_config(source, key), Path(folder).resolve().name, key)
+        ConfigStore.instance().store(group="model", name="from_hf", node=OmegaConf.create(to_dict(model)))
+        values = _compose_values([*overrides, "model=from_hf"])
+    if values["sft"]["path"] is not None and values["sft"]["tokenizer"] is None:
+        values["sft"]["tokenizer"] = str(source)
+    return values
 
 
 def _compose_values(overrides: Sequence[str]) -> dict[str, Any]:

@@ -197,7 +197,7 @@ class SftConfig:
     path: str | None = None  # a file, folder or glob of .jsonl or .parquet
     valid_path: str | None = None  # None: a part of the rows of `path`
     valid_fraction: float | None = None  # of the rows, chosen by a hash; None: 0.05 where there is no valid_path
-    tokenizer: str | None = None  # a pretrained folder, or tokenizer/ of a prepared one
+    tokenizer: str | None = None  # a pretrained folder, or tokenizer/ of a prepared one; None: init_from_hf's
     chat_template: str | None = None  # a jinja file; None: the tokenizer's own, else a built-in one
     last_turn_only: bool = False  # loss on the last assistant turn alone
     overlong: str = "refuse"  # rows longer than the context: refuse | truncate | drop

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import math
 import queue
 import shutil
 from dataclasses import asdict
@@ -23,7 +24,7 @@ from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint import FileSystemReader
 
 from moba_train.config.schedule import PLAN_KEYS
-from moba_train.config.schema import AttentionConfig, RunConfig, to_dict
+from moba_train.config.schema import AttentionConfig, ModelConfig, RunConfig, from_dict, to_dict
 from moba_train.model.key_conv import KEY_CONV_PREFIX
 from moba_train.model.layer_plan import layer_plan
 from moba_train.model.rope import describe_rope
@@ -123,6 +124,7 @@ def restore(run: Run) -> bool:
             _LOG.info("The checkpoint %s has no key convolution: it starts as the identity.", path)
     models = {_chunk_key(run, index): unwrap_model(chunk) for index, chunk in enumerate(run.chunks)}
     state = _load(path, wanted, models, optional)
+    _tell_other_model(run.config, metadata)
     if weights_only:
         run.optimizer.reload_model_params()
         return True
@@ -182,6 +184,16 @@ def _verify(path: Path, metadata: Metadata) -> None:
     for name, found in gather_checksums(path, sorted(metadata.manifest)).items():
         if found != metadata.manifest[name]:
             raise corrupt(path, f"{name} is not the file that was saved (its checksum differs)")
+
+
+def _tell_other_model(config: RunConfig, metadata: Metadata) -> None:
+    """Weights of the same shape may be given another rotary embedding, to stretch them: what they had is said."""
+    theirs, ours = from_dict(metadata.config["model"], ModelConfig, "model."), config.model
+    if (theirs.rope_base, theirs.rope_scaling) != (ours.rope_base, ours.rope_scaling):
+        length = metadata.config["train"]["sequence_length"]
+        _LOG.info("the checkpoint's rotary embedding was another: %s", metadata.rope or describe_rope(theirs, length))
+    if not math.isclose(theirs.norm_epsilon, ours.norm_epsilon, rel_tol=1e-6):
+        _LOG.info("model.norm_epsilon was %g in the checkpoint and is now %g", theirs.norm_epsilon, ours.norm_epsilon)
 
 
 def _tell_other_plan(config: RunConfig, metadata: Metadata) -> None:

@@ -140,7 +140,7 @@ def _train(run: Run, stop: _StopSignal) -> bool:
                 metrics.say(f"Stopped by {stop.received or 'a signal'} at step {run.step}; saved {path}. {again}")
         if not clock.steps:
             metrics.say(f"Step {run.step} of train.steps={config.train.steps} is done already; raise it to go on.")
-        elif validated != run.step and not stopped:
+        if validated != run.step and not stopped and (clock.steps or not _validated_before(run)):
             _validate(run, metrics)
         if config.metrics.gate_every and looked != run.step and not stopped:  # also where all steps were done already
             metrics.write(gate_record(run))
@@ -199,6 +199,14 @@ def _validate(run: Run, metrics: Metrics) -> None:
     record = {"validation_loss": result.loss, "validation_loss_by_position": by_position, "validation_length": length}
     metrics.write({"step": run.step, **record})
     metrics.say(f"step {run.step}: validation loss {result.loss:.4f}")
+
+
+def _validated_before(run: Run) -> bool:
+    """Whether this very step was validated: a run may have ended between its last checkpoint and that."""
+    records = read_metrics(run.folder) if dist.get_rank() == 0 else []
+    told = [any(record["step"] == run.step and "validation_loss" in record for record in records)]
+    dist.broadcast_object_list(told)
+    return told[0]
 
 
 def _announce(run: Run, metrics: Metrics) -> None:

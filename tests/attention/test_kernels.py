@@ -22,7 +22,7 @@ from moba_train.attention import (
     reference,
     select_blocks,
 )
-from tests.helpers.cases import CASES_BY_NAME, Case, Inputs, run_op, zigzag_positions
+from tests.helpers.cases import CASES, CASES_BY_NAME, Case, Inputs, run_op, zigzag_positions
 from tests.helpers.tolerance import assert_low_precision
 
 pytestmark = [
@@ -43,11 +43,23 @@ SHAPES = (
     Case("top-1", (0, 1000), 2, 2, 128, 128, 1),
     Case("zigzag", (0, 700, 1300), 4, 2, 128, 96, 3, q_positions=zigzag_positions(1300, 1, 5)),
     Case("decode", (0, 700, 1300), 8, 2, 128, 96, 3, q_positions=(1299,)),
+    Case("first-forced", (0, 700, 1300), 4, 2, 128, 64, 4, force_first_block=True),
     Case("previous-forced", (0, 700, 1300), 4, 2, 128, 64, 4, force_previous_block=True),
     Case("picks-shared", (0, 700, 1300), 8, 2, 128, 64, 4, share_picks_in_group=True),
-    Case("picks-shared-64", (0, 1020), 8, 1, 64, 32, 12, force_previous_block=True, share_picks_in_group=True),
+    Case(
+        "all-options-64",
+        (0, 1020),
+        8,
+        1,
+        64,
+        32,
+        12,
+        force_first_block=True,
+        force_previous_block=True,
+        share_picks_in_group=True,
+    ),
 )
-# Edges of the documents and of the queries; tests/attention/test_kernels_interpreter.py has more of them.
+# Of the edges, what a library's varlen kernels could answer otherwise; Triton's run all of them.
 EDGES = (
     "no-documents",
     "no-queries",
@@ -99,6 +111,15 @@ def backend(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_edge_errs_no_more_than_torch(case: Case, dtype: torch.dtype) -> None:
+    picks = _picks(case, case.inputs(dtype, "cuda"))
+    mask = reference.moba_mask(case.sequence(), picks, case.block_size)
+    expected = partial(reference.masked_attention, mask_THS=mask, scale=case.head_dim**-0.5)
+    _check(_moba(case, picks), expected, case, dtype)
+
+
 @pytest.mark.parametrize(("case", "dtype"), RUNS, ids=str)
 def test_moba_errs_no_more_than_torch(case: Case, dtype: torch.dtype, backend: str) -> None:
     case = _served(case, backend)
@@ -108,15 +129,16 @@ def test_moba_errs_no_more_than_torch(case: Case, dtype: torch.dtype, backend: s
     _check(_moba(case, picks, backend), expected, case, dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", SHAPES, ids=str)
-def test_full_errs_no_more_than_torch(case: Case, backend: str) -> None:
+def test_full_errs_no_more_than_torch(case: Case, dtype: torch.dtype, backend: str) -> None:
     if backend == "mixed":
         pytest.skip("is of MoBA alone")
     case = _served(case, backend)
     seq = case.sequence()
     mask = reference.full_mask(seq).cuda()[:, None].expand(-1, case.heads, -1)
     expected = partial(reference.masked_attention, mask_THS=mask, scale=case.head_dim**-0.5)
-    _check(partial(full_attention, seq=seq, backend=backend), expected, case, torch.bfloat16)
+    _check(partial(full_attention, seq=seq, backend=backend), expected, case, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -230,24 +252,29 @@ def test_compiled_model_gives_the_same(backend: str) -> None:
 
 
 def test_more_elements_than_32_bits_count() -> None:
-    # 2^31 elements end inside q; the last document alone must give the same answer.
+    # 2^31 elements end inside q; the last document alone must give the same answer and gradients.
     lengths, heads, key_heads, head_dim, block_size = [260_000, 3_000], 64, 1, 128, 512
     cu_seqlens = [0, *accumulate(lengths)]
     generator = torch.Generator("cuda").manual_seed(0)
-    shape = (cu_seqlens[-1], heads, head_dim)
-    q_THD = torch.empty(shape, dtype=torch.bfloat16, device="cuda").normal_(generator=generator)
-    assert q_THD.numel() > 2**31
-    k_SGD, v_SGD = (
-        torch.empty(shape[0], key_heads, head_dim, dtype=torch.bfloat16, device="cuda").normal_(generator=generator)
-        for _ in range(2)
+    q, k, v, dout = (
+        torch.empty(cu_seqlens[-1], count, head_dim, dtype=torch.bfloat16, device="cuda").normal_(generator=generator)
+        for count in (heads, key_heads, key_heads, heads)
     )
-    sizes = {"block_size": block_size, "top_k": 3}
-    with torch.no_grad():
-        out_THD, lse_TH = moba_attention(q_THD, k_SGD, v_SGD, SequenceInfo(cu_seqlens), **sizes)
-        tail = slice(lengths[0], None)
-        expected = moba_attention(q_THD[tail], k_SGD[tail], v_SGD[tail], SequenceInfo([0, lengths[1]]), **sizes)
-    assert torch.equal(out_THD[tail], expected[0])
-    assert torch.equal(lse_TH[tail], expected[1])
+    assert q.numel() > 2**31
+
+    def run(seq: SequenceInfo, rows: slice) -> list[Tensor]:
+        leaves = [x[rows].detach().requires_grad_() for x in (q, k, v)]
+        out, lse = moba_attention(*leaves, seq, block_size=block_size, top_k=3)
+        grads = torch.autograd.grad(out, leaves, dout[rows])
+        return [x.detach()[-lengths[1] :].clone() for x in (out, lse, *grads)]
+
+    tail = slice(lengths[0], cu_seqlens[-1])
+    expected = run(SequenceInfo([0, lengths[1]]), tail)
+    actual = run(SequenceInfo(cu_seqlens), slice(0, cu_seqlens[-1]))
+    assert torch.equal(actual[0], expected[0])
+    assert torch.equal(actual[1], expected[1])
+    for got, want in zip(actual[2:], expected[2:], strict=True):
+        torch.testing.assert_close(got, want, rtol=2**-6, atol=2**-6)
 
 
 _SANITIZED = """

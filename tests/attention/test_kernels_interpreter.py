@@ -38,7 +38,9 @@ FP32 = (
     "strided-inputs",
     "zigzag-last-rank",
     "decode-batch",
-    "previous-forced-into-two",
+    "blocks-without-queries",
+    "logits-of-1000",
+    "first-and-previous-forced",
     "picks-shared-previous-forced",
 )
 GATE = (
@@ -47,8 +49,10 @@ GATE = (
     "empty-documents",
     "previous-forced-ties",
     "previous-forced-zigzag",
+    "first-forced-ties",
+    "first-forced-zigzag",
     "picks-shared-ties",
-    "picks-shared-decode",
+    "first-previous-shared-decode",
 )
 FLASH = (
     "no-queries",
@@ -63,7 +67,7 @@ FLASH = (
     "blocks-without-queries",
 )
 MIXED = ("gqa-odd-group", "blocks-without-queries")
-FP16 = ("empty-documents", "mqa", "chunked-prefill")
+FP16 = (("empty-documents", False), ("mqa", False), ("chunked-prefill", False), ("decode-batch", True))
 
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
@@ -176,7 +180,9 @@ def test_fp32_equals_reference(name: str) -> None:
     expected = run_op(run, inputs)
     actual = run_op(_attend(case, picks), inputs)
     for field, got, want in zip(Result._fields, actual, expected, strict=True):
-        assert_close(got, want, torch.float32, field)
+        assert not got.isnan().any(), field
+        if field in ("out", "lse") or case.fp32_gradients:
+            assert_close(got, want, torch.float32, field)
 
 
 @interpreted
@@ -235,8 +241,8 @@ def test_flash_gives_nothing_to_queries_between_others_that_see_no_key(flash_sta
 
 
 @interpreted
-@pytest.mark.parametrize("name", FP16)
-def test_fp16_errs_no_more_than_torch(name: str) -> None:
+@pytest.mark.parametrize(("name", "deterministic"), FP16)
+def test_fp16_errs_no_more_than_torch(name: str, deterministic: bool) -> None:
     case = CASES_BY_NAME[name]
     inputs = case.inputs(torch.float16)
     picks = _picks(case, inputs)
@@ -245,7 +251,7 @@ def test_fp16_errs_no_more_than_torch(name: str) -> None:
         run_op(partial(reference.masked_attention, mask_THS=mask, scale=case.head_dim**-0.5), case.inputs(dtype))
         for dtype in (torch.float64, torch.float16)
     )
-    actual = run_op(_attend(case, picks), inputs)
+    actual = run_op(_attend(case, picks, deterministic=deterministic), inputs)
     assert_low_precision(actual.out, same_dtype.out, exact.out, "output", "out")
     for field in ("dq", "dk", "dv"):
         parts = (getattr(result, field) for result in (actual, same_dtype, exact))

@@ -1,7 +1,8 @@
 """The one list of attention edge cases, and how to run an op on one.
 
-Every backend, strategy and kernel is tested over `CASES`. A case is small enough for the O(T * S) reference and is
-built from a seed, so two runs of it see the same numbers on every device and in every dtype (up to rounding).
+Every backend and, where the queries are all rows, every context-parallel strategy is tested over `CASES`. A case is
+small enough for the O(T * S) reference and is built from a seed, so two runs of it see the same numbers on every device
+and in every dtype (up to rounding).
 """
 
 from __future__ import annotations
@@ -136,6 +137,8 @@ CASES = (
     Case("one-token", (0, 1)),
     Case("empty-documents", (0, 0, 7, 7, 7, 29, 29)),
     Case("documents-shorter-than-a-block", (0, 3, 5, 9, 10, 17)),
+    Case("packed", (0, 5, 5, 6, 23, 24, 25, 34, 34, 64), block_size=4, top_k=2),
+    Case("single-tokens", tuple(range(24)), block_size=4, top_k=2),
     Case("last-block-short", (0, 37)),
     Case("last-block-of-one", (0, 33, 58)),
     Case("top-1", (0, 40, 61), top_k=1),

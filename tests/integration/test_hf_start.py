@@ -1,6 +1,7 @@
 """Training from a Hugging Face folder, directly or converted first, in any layout; resumed; and out again."""
 
 import json
+import logging
 import shutil
 
 import pytest
@@ -77,11 +78,28 @@ def _in_one_process(rank, world_size, data, root, folder, tokens):
     found["goes on"] = losses(config_of(data, root / "goes-on", f"checkpoint.init_from_hf={root / 'gone'}", *YARN), 1)
     found["straight"] = losses(config_of(data, root / "straight", f"checkpoint.init_from_hf={folder}", *YARN), 3)
     losses(compose([*SMALL, f"data.path={data}", f"run.dir={root / 'scratch'}"]), 0, save=True)
+    found["said"] = {}
+    for name, overrides in {"stretched": [], "same": YARN, "epsilon": [*YARN, "model.norm_epsilon=1e-3"]}.items():
+        load = [f"checkpoint.load={root / 'direct-one'}", "checkpoint.load_weights_only=true"]
+        found["said"][name] = _said(config_of(data, root / f"said-{name}", *load, *shape, *overrides))
     found["logits"] = {}
     for name in ("one", "tensor", "pipeline"):
         load = [f"checkpoint.load={root / f'direct-{name}'}", "checkpoint.load_weights_only=true"]
         found["logits"][name] = _core_logits(config_of(data, root / f"logits-{name}", *load, *shape, *YARN), tokens)
     return found
+
+
+def _said(config):
+    """What the log has while a run is set up."""
+    lines = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logger = logging.getLogger("moba_train")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    losses(config, 0)
+    logger.removeHandler(handler)
+    return lines
 
 
 def _core_logits(config, tokens):
@@ -138,6 +156,16 @@ def test_a_trained_run_is_exported_and_is_the_same_model_in_transformers(layout,
     assert_close(started["logits"][layout], hf_logits(back, TOKENS, [len(TOKENS)]), torch.float32)
 
 
+def test_another_rotary_embedding_or_norm_than_the_checkpoints_is_said(started):
+    stretched, same, epsilon = (
+        [line for line in started["said"][name] if "the checkpoint" in line]
+        for name in ("stretched", "same", "epsilon")
+    )
+    assert ["rotary embedding was another: yarn, base 10000" in line for line in stretched] == [True]
+    assert same == []
+    assert ["model.norm_epsilon was 1e-05" in line for line in epsilon] == [True]
+
+
 def test_a_run_from_scratch_is_exported_with_the_tokenizer_of_its_data(started, root, data, tmp_path):
     done = core_to_hf(root / "scratch", tmp_path / "hf", max_shard_bytes=30_000)
     assert str(data) in done.notes[0]
@@ -145,6 +173,18 @@ def test_a_run_from_scratch_is_exported_with_the_tokenizer_of_its_data(started, 
     values = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert (values["model_type"], values["eos_token_id"]) == ("llama", 0)
     assert hf_logits(tmp_path / "hf", torch.arange(9), [9]).shape == (9, 512)
+
+
+def test_chat_rows_have_the_folders_tokenizer_unless_another_is_named(root, data, folder, tmp_path):
+    rows = ["data.path=null", "sft.path=chats.jsonl", f"checkpoint.init_from_hf={folder}"]
+    assert config_of(data, tmp_path, *rows).sft.tokenizer == str(folder)
+    assert config_of(data, tmp_path, *rows, "model=tiny").sft.tokenizer == str(folder)
+    named = f"sft.tokenizer={data / 'tokenizer'}"
+    assert config_of(data, tmp_path, *rows, named).sft.tokenizer == str(data / "tokenizer")
+    assert config_of(data, tmp_path, f"checkpoint.init_from_hf={folder}").sft.tokenizer is None
+    kept = shutil.copytree(folder, tmp_path / "run" / "hf")
+    gone = config_of(data, tmp_path / "run", *rows[:2], f"checkpoint.init_from_hf={tmp_path / 'gone'}")
+    assert gone.sft.tokenizer == str(kept)
 
 
 def test_what_does_not_fit_is_refused_before_the_launch(started, root, data, folder, tmp_path):

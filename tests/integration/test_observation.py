@@ -33,7 +33,7 @@ class _OneToken:
     """Rows in which the label of a single token counts."""
 
     def __init__(self, rows):
-        self.rows = rows
+        self.rows, self.num_rows = rows, len(rows)
 
     def __len__(self):
         return len(self.rows)
@@ -148,9 +148,10 @@ def _look(rank, world_size, data, root):
     run = _setup(data, root / "initial", "metrics.gate_every=1", "attention.dense_last_layers=auto")
     found["resumed"] = run.config.attention.dense_last_layers
     found["not looked"] = [train_step(run, stop_requested=False).loss for _ in range(2)]
-    # A run that has no step left to do is looked at all the same.
+    # A run that has no step left to do is looked at all the same, and validated where it was not.
     run.stage = dataclasses.replace(run.stage, end=run.step)
-    loop._train(run, loop._StopSignal())
+    for _ in range(2):
+        loop._train(run, loop._StopSignal())
     found["at the end"] = read_metrics(run.folder) if rank == 0 else []
     parallel_state.destroy_model_parallel()
 
@@ -212,10 +213,11 @@ def test_looking_does_not_touch_training(found):
         assert rank["looked"][0] != rank["looked"][1]
 
 
-def test_a_finished_run_is_looked_at_once_more(found):
-    (record,) = found[0]["at the end"]
-    assert record["step"] == 2
-    assert record.keys() >= {"gate/sink_share", "gradient_density/direct"}
+def test_a_finished_run_is_looked_at_once_more_and_validated_if_it_was_not(found):
+    validation, *looks = found[0]["at the end"]
+    assert {record["step"] for record in (validation, *looks)} == {2}
+    assert "validation_loss" in validation
+    assert ["gate/sink_share" in look and "gradient_density/direct" in look for look in looks] == [True, True]
 
 
 def test_auto_chooses_alike_everywhere_and_says_why(found):

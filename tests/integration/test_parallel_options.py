@@ -11,7 +11,8 @@ SEQUENCE, PIPELINE = ["parallel.tensor=2", "parallel.sequence=true"], ["parallel
 CONTEXT, FOUR = ["parallel.context=2"], ["parallel.context=4"]
 RING, ALL_TO_ALL = ["parallel.context_strategy=ring"], ["parallel.context_strategy=all_to_all"]
 # The options of the gate, one of which has weights; they start from a checkpoint without them.
-GATE = ["attention.force_previous_block=true", "attention.share_picks_in_group=true", "attention.key_conv=3"]
+FORCED = ["attention.force_first_block=true", "attention.force_previous_block=true", "attention.top_k=4"]
+GATE = [*FORCED, "attention.share_picks_in_group=true", "attention.key_conv=3"]
 # Query and key norms, an output layer of its own: what Qwen3 has and Llama has not.
 QWEN3 = ("model.qk_norm=true", "model.tie_embeddings=false")
 
@@ -29,6 +30,9 @@ FOUR_RANKS = {
     "tensor, sequence, context": [*SEQUENCE, *CONTEXT],
     "tensor, pipeline interleaved": ["parallel.tensor=2", *PIPELINE, "parallel.virtual_pipeline=2"],
     "gate options, context of four": [*GATE, *FOUR, *ALL_TO_ALL, "parallel.recompute=full"],
+    "context of four, full by ring": [*FOUR, "parallel.gather_heads=1", "parallel.full_context_strategy=ring"],
+    "pipeline, context, all to all": [*PIPELINE, *CONTEXT, *ALL_TO_ALL],
+    "data, context, ring": [*CONTEXT, *RING],
     "context of two by two, ring across": [*FOUR, "parallel.context_inner=2", *RING],
     "gate options, context of two by two": [*GATE, *FOUR, "parallel.context_inner=2"],
 }
