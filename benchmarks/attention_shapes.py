@@ -20,6 +20,7 @@ from moba_train.attention import SequenceInfo, flash_library, moba_attention, re
 
 __all__ = [
     "DENSE",
+    "GRAPH",
     "MOBA",
     "SETTINGS",
     "Attention",
@@ -36,6 +37,7 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 K = 1024
 DENSE = ("FlashAttention 4", "cuDNN", "FlashAttention 2")
 MOBA = ("triton", "flash", "mixed")
+GRAPH = " in a graph"  # behind a kernel's name: captured into CUDA graphs
 
 
 class Setting(NamedTuple):
@@ -93,23 +95,23 @@ def inputs(length: int, setting: Setting) -> list[Tensor]:
 
 
 def is_moba(name: str) -> bool:
-    """Whether a kernel's name is a backend of MoBA, perhaps with " deterministic" behind."""
+    """Whether a kernel's name is a backend of MoBA, whatever is behind it."""
     return name.partition(" ")[0] in MOBA
 
 
 def kernel(name: str, setting: Setting, length: int) -> Attention | None:
     """Causal attention of one document of `length` tokens by the kernel of that name; None where it is absent."""
     if is_moba(name):
-        backend, _, deterministic = name.partition(" ")
+        backend, _, variant = name.removesuffix(GRAPH).partition(" ")
         seq, sizes = SequenceInfo([0, length]), {"block_size": setting.block_size, "top_k": setting.top_k}
         sample = torch.empty(0, 1, setting.head_dim, dtype=torch.bfloat16, device="cuda")
         if backend != "triton" and flash_library.refusal(sample) is not None:
             return None
-        options = {"backend": backend, "deterministic": bool(deterministic)}
+        options = {"backend": backend, "deterministic": variant == "deterministic"}
         return lambda q, k, v: moba_attention(q, k, v, seq, **sizes, **options)[0]
-    if name == "FlashAttention 4":
+    if name.startswith("FlashAttention 4"):
         return _flash_attention_4()
-    backend = SDPBackend.CUDNN_ATTENTION if name == "cuDNN" else SDPBackend.FLASH_ATTENTION
+    backend = SDPBackend.CUDNN_ATTENTION if name.startswith("cuDNN") else SDPBackend.FLASH_ATTENTION
 
     def by_torch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         grouped = q.shape[1] != k.shape[1]

@@ -4,7 +4,8 @@
 
 Every backend is first held to fp64 on a small case of its setting, and one that fails is not timed; these checks run
 side by side, which also compiles the kernels. Rows of deterministic gradients come at `--deterministic` lengths, those
-of decoding and chunked prefill over `--serving` keys at the end. `--budget` (seconds, checks included) takes
+of every kernel captured into CUDA graphs (no host to wait for) at `--graphs` lengths, and those of decoding and chunked
+prefill over `--serving` keys at the end. `--budget` (seconds, checks included) takes
 repetitions away where time is short, never rows. A row that runs out of memory says so. Writes
 attention_<device>_<date>.csv, .md and .png.
 """
@@ -26,7 +27,20 @@ from pathlib import Path
 import torch
 from attention_report import Row, line, write
 from attention_serving import serving
-from attention_shapes import DENSE, MOBA, SETTINGS, Attention, K, Setting, error_of, inputs, is_moba, kernel, median_ms
+from attention_shapes import (
+    DENSE,
+    GRAPH,
+    MOBA,
+    SETTINGS,
+    Attention,
+    K,
+    Setting,
+    error_of,
+    inputs,
+    is_moba,
+    kernel,
+    median_ms,
+)
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -90,13 +104,14 @@ class Bench:
             if key not in self.timed:
                 self.timed[key] = self._time(name, length, kernel_name)
         times = {k: self.timed[self._key(name, length, k)] for k in self._kernels(name, length)}
-        dense = [times[k] for k in DENSE if k in times]
-        forward, both, memory = (min((t[i] for t in dense if t[i] is not None), default=None) for i in range(3))
         lean = [times[k][2] for k in DENSE if k in times and "Flash" in k and times[k][2] is not None]
-        memory = min(lean, default=memory)
-        trained = both is not None  # dense kernels ran backward too: else their memory is that of less work
         for kernel_name, (forward_ms, both_ms, gib, count, note) in times.items():
-            moba = is_moba(kernel_name)
+            moba, bare, graph = is_moba(kernel_name), kernel_name.removesuffix(GRAPH), kernel_name.endswith(GRAPH)
+            # Against the fastest dense kernel, in a graph against the fastest in a graph.
+            dense = [row for k, row in times.items() if not is_moba(k) and k.endswith(GRAPH) == graph]
+            forward, both, memory = (min((t[i] for t in dense if t[i] is not None), default=None) for i in range(3))
+            # Dense kernels that ran forward alone say nothing of a training step's memory, nor do a graph's pools.
+            alike = not graph and (both is not None or both_ms is None)
             rows.append(
                 Row(
                     name,
@@ -105,12 +120,12 @@ class Bench:
                     forward_ms,
                     both_ms,
                     gib,
-                    _ratio(gib, memory) if trained or both_ms is None else None,
+                    _ratio(gib, min(lean, default=memory)) if alike else None,
                     _ratio(forward, forward_ms),
                     _ratio(both, both_ms),
                     setting.ratio(length) if moba else None,
-                    setting.goals.get(length) if kernel_name in MOBA else None,
-                    setting.forward_goals.get(length) if kernel_name in MOBA else None,
+                    setting.goals.get(length) if bare in MOBA else None,
+                    setting.forward_goals.get(length) if bare in MOBA else None,
                     count,
                     note,
                 )
@@ -137,14 +152,17 @@ class Bench:
             numbers = [ms for forward, both in times if both for ms in (forward, both - forward)]
             if len(numbers) == 4 and setting.top_k * setting.block_size < length:
                 numbers_text = ", ".join(f"{ms:.1f}" for ms in numbers)
-                lines[setting.block_size, length] = f"    Measured({setting.block_size}, {length}, {numbers_text}),"
+                text = f"    Measured({setting.block_size}, {length}, {numbers_text}),"
+                lines.setdefault((setting.block_size, length), text)  # of settings alike, the first: head dim 128
         head = "## For moba_train/attention/choice.py\n\nForward and backward of triton, then of flash.\n\n```\n"
         return [head + "\n".join(lines.values()) + "\n```"] if lines else []
 
     def _kernels(self, name: str, length: int) -> list[str]:
         dense = [k for k in self.options.dense if length <= self.options.dense_to]
         deterministic = [f"{k} deterministic" for k in ("triton", "flash") if length in self.options.deterministic]
-        return dense + [k for k in (*MOBA, *deterministic) if k.partition(" ")[0] in self.moba[name]]
+        moba = [k for k in (*MOBA, *deterministic) if k.partition(" ")[0] in self.moba[name]]
+        graphs = [k + GRAPH for k in dense + moba if length in self.options.graphs and k not in deterministic]
+        return dense + moba + graphs
 
     def _key(self, name: str, length: int, kernel_name: str) -> tuple:
         setting = SETTINGS[name]
@@ -175,7 +193,8 @@ class Bench:
             try:
                 # Compiles and warms up. A dense row of seconds needs neither: its kernels ran at shorter lengths.
                 warm = guess < 2.0 or is_moba(kernel_name)
-                result = _measure(attend, setting, length, warm, spare, backward=backward)
+                graph = kernel_name.endswith(GRAPH)
+                result = _measure(attend, setting, length, warm, spare, backward=backward, graph=graph)
                 break
             except torch.OutOfMemoryError:
                 pass
@@ -247,10 +266,12 @@ def _top(times: dict[str, float]) -> list[str]:
 
 
 def _measure(
-    attend: Attention, setting: Setting, length: int, warm: bool, spare: float, *, backward: bool
+    attend: Attention, setting: Setting, length: int, warm: bool, spare: float, *, backward: bool, graph: bool
 ) -> tuple[float, float | None, float, int, str]:
     q, k, v = inputs(length, setting)
     dout = torch.randn_like(q)
+    if graph:
+        attend = torch.cuda.make_graphed_callables(attend, (q, k, v))
 
     def step() -> tuple[float, float]:
         q.grad = k.grad = v.grad = None
@@ -352,6 +373,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--dense-to", type=int, default=1 << 20, help="longest length at which dense kernels run")
     parser.add_argument("--break-down", nargs="*", type=int, default=[8 * K, 32 * K, 128 * K], help="profiled lengths")
     parser.add_argument("--deterministic", nargs="*", type=int, default=[32 * K, 128 * K], help="lengths of its rows")
+    parser.add_argument("--graphs", nargs="*", type=int, default=[8 * K], help="lengths of rows in CUDA graphs")
     parser.add_argument("--serving", type=int, default=128 * K, help="keys of decoding and chunked prefill; 0: none")
     parser.add_argument("--budget", type=float, default=420, help="seconds in all, checks included")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")

@@ -33,13 +33,20 @@ class Measured(NamedTuple):
         return min(sums, key=lambda name: sums[name])
 
 
-# Source: benchmarks/results/attention_h100_2026-11-23.md (H100); flash as it was before entry 9 of benchmarks/LOG.md.
+# Source: benchmarks/results/attention_h200_2026-11-23.md (H200; head dim 128). At (512, 32K) all three are within 1 %.
 MEASURED: tuple[Measured, ...] = (
-    Measured(128, 32768, 3.42, 3.68, 10.30, 23.43),
-    Measured(128, 131072, 14.30, 14.69, 21.42, 44.51),
-    Measured(512, 32768, 11.53, 28.13, 14.31, 37.46),
-    Measured(512, 131072, 46.91, 120.1, 53.73, 128.3),
-    Measured(4096, 131072, 162.0, 713.0, 145.0, 397.0),
+    Measured(128, 8192, 1.3, 1.3, 1.9, 3.1),
+    Measured(128, 32768, 2.9, 3.6, 5.8, 12.1),
+    Measured(128, 131072, 13.4, 14.0, 19.9, 30.6),
+    Measured(128, 524288, 93.2, 57.6, 120.8, 120.6),
+    Measured(512, 8192, 3.0, 6.0, 5.2, 10.8),
+    Measured(512, 32768, 10.7, 27.9, 10.7, 27.7),
+    Measured(512, 131072, 45.7, 117.2, 50.8, 97.8),
+    Measured(512, 524288, 219.8, 483.2, 245.7, 421.9),
+    Measured(4096, 65536, 61.5, 285.9, 56.5, 146.2),
+    Measured(4096, 131072, 158.9, 718.9, 142.9, 382.7),
+    Measured(4096, 524288, 752.9, 3623.1, 672.2, 1769.8),
+    Measured(4096, 1048576, 2125.1, 6969.2, 1438.9, 3657.8),
 )
 
 

@@ -159,6 +159,7 @@ class ParallelConfig:
     full_context_strategy: str | None = None  # of full-attention layers, where they should differ
     context_inner: int = 1  # neighbouring context ranks (of one node) that swap heads; the strategy is across them
     gather_heads: int | None = None  # all_gather: key heads of the whole context alive at a time; None: all
+    context_overlap: bool = True  # communicate under the attention; false is faster where that is all but free
     distributed_optimizer: bool = True
     overlap_grad_reduce: bool = False
     recompute: str = "none"  # none | selective | full

@@ -67,6 +67,7 @@ class CoreAttention(MegatronModule):
         strategies: dict[LayerKind, str],
         layout: LayoutRule,
         gather_heads: int | None,
+        overlap: bool,
         hierarchical: bool,
         key_conv: int,
         **kwargs: Any,
@@ -83,7 +84,15 @@ class CoreAttention(MegatronModule):
         # megatron-core has groups by level, neighbours first, but forgets to forget those of a mesh it destroyed.
         inner, across = pg_collection.hcp if hierarchical else (None, pg_collection.cp)
         self.ops: dict[LayerKind, _Op] = {
-            kind: wrap(op, across, strategies[kind], layout=layout, gather_heads=gather_heads, inner_group=inner)
+            kind: wrap(
+                op,
+                across,
+                strategies[kind],
+                layout=layout,
+                gather_heads=gather_heads,
+                inner_group=inner,
+                overlap=overlap,
+            )
             for kind, op in _OPS.items()
         }
 

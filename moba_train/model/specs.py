@@ -76,6 +76,7 @@ def _layer_spec(config: RunConfig, layer: LayerAttention) -> ModuleSpec:
             },
             "layout": RULES[config.parallel.context_layout],
             "gather_heads": config.parallel.gather_heads,
+            "overlap": config.parallel.context_overlap,
             "hierarchical": config.parallel.context_inner > 1,
             "key_conv": config.attention.key_conv,
         },

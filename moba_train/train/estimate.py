@@ -83,6 +83,7 @@ def _context_bytes(config: RunConfig, width: int) -> int:
                 key_heads=key_heads,
                 head_dim=model.head_dim,
                 element_size=width,
+                overlap=parallel.context_overlap,
             )
         )
         heads, key_heads = max(1, heads // max(inner, key_heads)), 1
@@ -97,6 +98,7 @@ def _context_bytes(config: RunConfig, width: int) -> int:
                 head_dim=model.head_dim,
                 element_size=width,
                 gather_heads=parallel.gather_heads,
+                overlap=parallel.context_overlap,
             )
         )
         for strategy in {parallel.context_strategy, parallel.full_context_strategy or parallel.context_strategy}

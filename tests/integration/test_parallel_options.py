@@ -31,7 +31,7 @@ FOUR_RANKS = {
     "tensor, pipeline interleaved": ["parallel.tensor=2", *PIPELINE, "parallel.virtual_pipeline=2"],
     "gate options, context of four": [*GATE, *FOUR, *ALL_TO_ALL, "parallel.recompute=full"],
     "context of four, full by ring": [*FOUR, "parallel.gather_heads=1", "parallel.full_context_strategy=ring"],
-    "pipeline, context, all to all": [*PIPELINE, *CONTEXT, *ALL_TO_ALL],
+    "pipeline, context, all to all": [*PIPELINE, *CONTEXT, *ALL_TO_ALL, "parallel.context_overlap=false"],
     "data, context, ring": [*CONTEXT, *RING],
     "context of two by two, ring across": [*FOUR, "parallel.context_inner=2", *RING],
     "gate options, context of two by two": [*GATE, *FOUR, "parallel.context_inner=2"],

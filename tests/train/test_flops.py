@@ -95,6 +95,8 @@ def test_memory_of_context_parallelism_is_that_of_its_strategy():
         expected = max(peak_bytes(strategy, **shape)) / 2**30
         assert term(f"parallel.context_strategy={strategy}") == expected
     assert term("parallel.gather_heads=2") == max(peak_bytes("all_gather", **shape, gather_heads=2)) / 2**30
+    alone = max(peak_bytes("all_to_all", **shape, overlap=False)) / 2**30
+    assert term("parallel.context_strategy=all_to_all", "parallel.context_overlap=false") == alone
     assert term("parallel.context=1") == 0
     assert 0 < term("parallel.context_inner=2") < term()
     assert term("parallel.context_strategy=ring", "parallel.full_context_strategy=all_gather") == term()
