@@ -131,7 +131,7 @@ def load_tokenizer(path: str | Path, eod_token: str | None = None, key: str = "-
     file = source / _TOKENIZER_JSON if source.is_dir() else source
     if not source.exists():
         raise ConfigError(key, str(path), "no such file or folder; give a tokenizer.json or a local pretrained folder")
-    pad_token, eos_token = _special_tokens(file.parent)
+    pad_token, eos_token = _special_tokens(file.parent, key)
     if file.is_file():
         content = file.read_bytes()
         backend = _parse(content, key, file)
@@ -147,22 +147,26 @@ def load_tokenizer(path: str | Path, eod_token: str | None = None, key: str = "-
 
 
 def _parse(content: bytes, key: str, file: Path) -> tokenizers.Tokenizer:
-    try:
-        json.loads(content)
-    except ValueError as error:
-        raise ConfigError(key, str(file), f"not a JSON file ({error}); give a tokenizer.json or a folder") from error
+    _parse_json(content, key, file)
     try:
         return tokenizers.Tokenizer.from_buffer(content)
     except ValueError as error:
         raise ConfigError(key, str(file), f"not a tokenizer ({error}); give a tokenizer.json or a folder") from error
 
 
-def _special_tokens(folder: Path) -> tuple[str | None, str | None]:
+def _parse_json(content: bytes, key: str, file: Path) -> Any:
+    try:
+        return json.loads(content)
+    except ValueError as error:
+        raise ConfigError(key, str(file), f"not a JSON file ({error}); mend it, or give another tokenizer") from error
+
+
+def _special_tokens(folder: Path, key: str) -> tuple[str | None, str | None]:
     """(pad, eos) by tokenizer_config.json and special_tokens_map.json; a token is a string or {"content": string}."""
     found: dict[str, str] = {}
     for name in ("special_tokens_map.json", _CONFIG_JSON):
         if (folder / name).is_file():
-            values = json.loads((folder / name).read_text(encoding="utf-8"))
+            values = _parse_json((folder / name).read_bytes(), key, folder / name)
             for role in ("pad_token", "eos_token"):
                 token = values.get(role)
                 if token:

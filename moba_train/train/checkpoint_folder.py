@@ -165,7 +165,7 @@ def check_content(config: RunConfig, content: str, stage_start: int = 0) -> None
     Another run may go on from the checkpoint with data of its own; `restore` says so then.
     """
     path = find_start(config)
-    if path is None or not is_own(config, path):
+    if path is None or not is_own(config, path) or loads_weights_only(config, path):
         return
     metadata = read_metadata(path)
     if begins_stage(config, path, metadata, stage_start):
@@ -234,8 +234,8 @@ def point_latest(folder: Path) -> None:
 
 
 def loads_weights_only(config: RunConfig, path: Path) -> bool:
-    """Whether the run takes only the weights of `path`: never of a checkpoint of its own."""
-    return config.checkpoint.load_weights_only and not is_own(config, path)
+    """Whether the run takes only the weights of `path`: never of a checkpoint of its own that it resumes from."""
+    return config.checkpoint.load_weights_only and not (config.checkpoint.resume and is_own(config, path))
 
 
 def key_conv_width(metadata: Metadata) -> int:
@@ -256,7 +256,7 @@ def corrupt(path: Path, what: str) -> CheckpointError:
 
 def _check_position(config: RunConfig, path: Path, metadata: Metadata, stage_start: int) -> None:
     """A full load takes over optimizer and data position: what they depend on must be the checkpoint's."""
-    if metadata.weights_only and (is_own(config, path) or not config.checkpoint.load_weights_only):
+    if metadata.weights_only and not loads_weights_only(config, path):
         what = f"{path} was converted and holds weights alone: "
         raise ConfigError(
             "checkpoint.load_weights_only", False, what + "set it to true, with checkpoint.load, in another run.dir"
@@ -313,4 +313,4 @@ def _check_key_conv(config: RunConfig, path: Path, metadata: Metadata) -> None:
 
 def is_own(config: RunConfig, path: Path) -> bool:
     """Whether a checkpoint is one that this very run wrote."""
-    return config.run.dir is not None and path.is_relative_to(Path(config.run.dir))
+    return config.run.dir is not None and path.resolve().is_relative_to(Path(config.run.dir).resolve())

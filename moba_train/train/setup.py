@@ -170,7 +170,7 @@ def setup(config: RunConfig, stage: Stage | None = None) -> Run:
     groups = mesh.initialize(config.parallel, devices.collective_backend(), device)
     seed_everything(config.train.seed, groups.pipeline.rank)
     folder = _shared_folder(config)
-    config = _as_begun(dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(folder))), folder)
+    config = _as_begun(dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(folder))))
 
     phase("setup: model")
     chunks = build_model(planned(config), groups, device)
@@ -206,12 +206,12 @@ def planned(config: RunConfig) -> RunConfig:
     return config.with_dense_last_layers(0) if config.attention.dense_last_layers == "auto" else config
 
 
-def _as_begun(config: RunConfig, folder: Path) -> RunConfig:
+def _as_begun(config: RunConfig) -> RunConfig:
     """A resumed run keeps the dense last layers that `auto` chose when it began."""
     if config.attention.dense_last_layers != "auto":
         return config
     start = checkpoint_folder.find_start(config)
-    if start is None or not start.is_relative_to(folder):
+    if start is None or not checkpoint_folder.is_own(config, start):
         return config
     number = checkpoint_folder.read_metadata(start).config["attention"]["dense_last_layers"]
     _LOG.info("attention.dense_last_layers=auto: %d, as when this run began", number)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -122,3 +123,10 @@ def test_what_is_no_tokenizer_is_named(content: str | None, reason: str, tmp_pat
 def test_a_folder_without_any_tokenizer_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--tokenizer=.*finds no tokenizer here"):
         load_tokenizer(tmp_path)
+
+
+def test_a_folder_whose_settings_are_damaged_is_named(saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved, tmp_path / "copy")
+    (tmp_path / "copy" / "tokenizer_config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"--tokenizer=.*tokenizer_config\.json': not a JSON file"):
+        load_tokenizer(tmp_path / "copy")

@@ -91,7 +91,7 @@ def test_the_arms_are_valid_and_differ_in_the_kind_of_attention_alone(tmp_path, 
     info = SimpleNamespace(valid=SimpleNamespace(tokens=100_001))
     monkeypatch.setattr(experiment, "dataset_info", lambda path: info)
     for setting in (experiment.GPU, experiment.CPU, experiment.QUICK):
-        common = experiment._overrides(setting, 100, tmp_path)
+        common = experiment._overrides(setting, setting.steps, tmp_path)
         configs = {arm: compose([*common, *overrides]) for arm, overrides in experiment.ARMS.items()}
         plans = {
             arm: [(step, set(plan)) for step, plan in plan_phases(config.attention, config.model.num_layers)]
@@ -102,7 +102,7 @@ def test_the_arms_are_valid_and_differ_in_the_kind_of_attention_alone(tmp_path, 
         assert plans == {
             "full": [(0, {full})],
             "moba": [(0, {moba})],
-            "hybrid": [(0, {moba}), (90, {full})],
+            "hybrid": [(0, {moba}), (-(-9 * setting.steps // 10), {full})],
         }
         for config in configs.values():
             validate(config, 1)
