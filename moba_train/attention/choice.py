@@ -6,7 +6,6 @@ The numbers are those of benchmarks/results; a new device or kernel means pastin
 from __future__ import annotations
 
 import math
-from functools import cache
 from typing import NamedTuple
 
 __all__ = ["MEASURED", "Measured", "moba_backend"]
@@ -50,11 +49,16 @@ MEASURED: tuple[Measured, ...] = (
 )
 
 
-@cache
+_chosen: dict[tuple[int, int], str] = {}  # by hand: torch.compile warns of functools.cache
+
+
 def moba_backend(block_size: int, length: int) -> str:
     """The fastest backend at the measured shape that is nearest by ratio; `length` is that of the longest document."""
 
     def distance(row: Measured) -> float:
         return abs(math.log(row.block_size / block_size)) + abs(math.log(row.length / max(1, length)))
 
-    return min(MEASURED, key=distance).fastest
+    key = (block_size, length)
+    if key not in _chosen:
+        _chosen[key] = min(MEASURED, key=distance).fastest
+    return _chosen[key]
