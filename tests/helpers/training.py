@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gc
+import logging
 import math
 import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ __all__ = [
     "Trained",
     "assert_same_training",
     "corpus",
+    "log_messages",
     "losses",
     "losses_of_layouts",
     "shape_overrides",
@@ -134,6 +138,26 @@ def losses_of_layouts(
         name: _train(small_config(data, root / name, *start, *overrides), steps, validate=True)
         for name, overrides in layouts.items()
     }
+
+
+@contextmanager
+def log_messages() -> Iterator[list[str]]:
+    """What the log says from INFO on, also in a spawned rank, which pytest's caplog does not reach."""
+    messages: list[str] = []
+
+    class Kept(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            messages.append(record.getMessage())
+
+    handler, logger = Kept(), logging.getLogger("moba_train")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield messages
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def train_layouts(

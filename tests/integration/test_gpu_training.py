@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from experiments.roundtrip_1b.run import GPU
 from moba_train.config.compose import compose
 from tests.helpers.hf import write_folder
 from tests.helpers.spawn import run_distributed
@@ -37,13 +38,7 @@ LAYOUTS = {
 EXACT = ["attention.backend=portable", "attention.full_backend=sdpa"]
 # The shape of recipe 8k, with a full layer at the end; two rows a step.
 SHAPE = {
-    "vocab_size": 128256,
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 64,
+    **GPU.shape,
     "max_position_embeddings": 131072,
     "initializer_range": 0.02,
     "tie_word_embeddings": True,

@@ -1,7 +1,6 @@
 """Training from a Hugging Face folder, directly or converted first, in any layout; resumed; and out again."""
 
 import json
-import logging
 import shutil
 
 import pytest
@@ -15,7 +14,7 @@ from moba_train.train.hf_start import check_hf_start
 from tests.helpers.hf import hf_logits, write_folder
 from tests.helpers.spawn import run_distributed
 from tests.helpers.tolerance import LOSS_RTOL, assert_close
-from tests.helpers.training import SMALL, corpus, losses, shape_overrides
+from tests.helpers.training import SMALL, corpus, log_messages, losses, shape_overrides
 
 pytestmark = pytest.mark.timeout(900)  # a spawned run has its own, shorter limit
 
@@ -91,15 +90,9 @@ def _in_one_process(rank, world_size, data, root, folder, tokens):
 
 def _said(config):
     """What the log has while a run is set up."""
-    lines = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())
-    logger = logging.getLogger("moba_train")
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    losses(config, 0)
-    logger.removeHandler(handler)
-    return lines
+    with log_messages() as messages:
+        losses(config, 0)
+    return messages
 
 
 def _core_logits(config, tokens):

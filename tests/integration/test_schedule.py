@@ -1,7 +1,6 @@
 """Attention switched during training: nothing else moves, resume is exact in any phase, records and pictures tell."""
 
 import hashlib
-import logging
 from unittest import mock
 
 import pytest
@@ -12,7 +11,7 @@ from moba_train.train import checkpoint_folder
 from moba_train.train.flops import training_flops
 from moba_train.train.metrics import read_metrics
 from tests.helpers.spawn import run_distributed
-from tests.helpers.training import corpus, losses, small_config
+from tests.helpers.training import corpus, log_messages, losses, small_config
 
 pytestmark = pytest.mark.timeout(900)  # a spawned run has its own, shorter limit
 
@@ -93,16 +92,8 @@ def _one_process(rank, world_size, data, root):
     found[SWITCH + 1] = losses(config, STEPS - SWITCH - 1)
     assert first[SWITCH:] == found[SWITCH][:1]
 
-    lines = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())
-    logger = logging.getLogger("moba_train")
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    changed = small_config(data, root / "within", *LATER)
-    found["changed"] = losses(changed, 2)
-    logger.removeHandler(handler)
-    found["said"] = lines
+    with log_messages() as found["said"]:
+        found["changed"] = losses(small_config(data, root / "within", *LATER), 2)
 
     told = []
     reporting = [f"train.steps={STEPS}", "metrics.log_every=4", "data.mode=concatenated"]
