@@ -31,7 +31,7 @@ __all__ = [
     "peak_memory_gib",
     "prepare",
     "quiet_imports",
-    "reset_peak_memory",
+    "release_memory",
     "synchronize",
 ]
 
@@ -129,9 +129,10 @@ def quiet_imports() -> None:
         logging.getLogger(f"megatron.core.{name}").addFilter(functools.partial(_lacks, text))
 
 
-def reset_peak_memory() -> None:
-    """Start a new measurement of peak memory (GPU only: a process's peak cannot be reset)."""
+def release_memory() -> None:
+    """Give cached memory back and measure its peak anew (GPU only: a process's peak cannot be reset)."""
     if torch.cuda.is_available():
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
 

@@ -185,7 +185,7 @@ def moba_attention(
     """
     _check_inputs(q_THD, k_SGD, v_SGD, seq)
     _check_sizes(block_size, top_k, 1 + force_first_block + force_previous_block)
-    first = choice.moba_backend(block_size, seq.max_document)
+    first = choice.moba_backend(block_size, seq.max_document, seq.num_queries)
     attend = _attention("moba_attention", backend, q_THD, deterministic, first=first)
     if picks is None:
         if seq.k_positions is not None:
@@ -276,9 +276,12 @@ def _attention(
 ) -> _Attention:
     """The function of the backend; kernels are told whether to be deterministic, the others are refused on a GPU."""
     on_gpu = q_THD.device.type != "cpu"
-    avoid = _ATOMICS_ON_GPU if deterministic and on_gpu else ()
-    name = _choose(op, backend, q_THD, first=first, avoid=avoid)
-    if name in avoid:
+    # Torch's own switch steers "auto"; who names another backend has to ask here to be refused.
+    heeded = (
+        torch.are_deterministic_algorithms_enabled() if deterministic is None and backend == "auto" else deterministic
+    )
+    name = _choose(op, backend, q_THD, first=first, avoid=_ATOMICS_ON_GPU if heeded and on_gpu else ())
+    if deterministic and on_gpu and name in _ATOMICS_ON_GPU:
         raise ValueError(
             f"deterministic gradients of {op} on {q_THD.device} in {q_THD.dtype} come from backends triton, flash and "
             f"mixed, not {name}"

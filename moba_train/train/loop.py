@@ -140,9 +140,10 @@ def _train(run: Run, stop: _StopSignal) -> bool:
                 metrics.say(f"Stopped by {stop.received or 'a signal'} at step {run.step}; saved {path}. {again}")
         if not clock.steps:
             metrics.say(f"Step {run.step} of train.steps={config.train.steps} is done already; raise it to go on.")
-        if validated != run.step and not stopped and (clock.steps or not _validated_before(run)):
+        if validated != run.step and not stopped and (clock.steps or not _told_before(run, "validation_loss")):
             _validate(run, metrics)
-        if config.metrics.gate_every and looked != run.step and not stopped:  # also where all steps were done already
+        look = config.metrics.gate_every and looked != run.step and not stopped
+        if look and (clock.steps or not _told_before(run, "gate/seconds")):  # also where all steps were done already
             metrics.write(gate_record(run))
     finally:
         metrics.close()
@@ -201,10 +202,10 @@ def _validate(run: Run, metrics: Metrics) -> None:
     metrics.say(f"step {run.step}: validation loss {result.loss:.4f}")
 
 
-def _validated_before(run: Run) -> bool:
-    """Whether this very step was validated: a run may have ended between its last checkpoint and that."""
+def _told_before(run: Run, key: str) -> bool:
+    """Whether metrics.jsonl has `key` for this very step: a run may have ended between its last checkpoint and that."""
     records = read_metrics(run.folder) if dist.get_rank() == 0 else []
-    told = [any(record["step"] == run.step and "validation_loss" in record for record in records)]
+    told = [any(record["step"] == run.step and key in record for record in records)]
     dist.broadcast_object_list(told)
     return told[0]
 
@@ -245,7 +246,7 @@ def _summarise(run: Run, clock: _Clock) -> None:
     config = run.config
     step_tokens = config.train.global_batch_size * config.train.sequence_length
     pictures = draw(run.folder, config.train.sequence_length)
-    records = read_metrics(run.folder)
+    records = [record for record in read_metrics(run.folder) if record["step"] > run.stage.start]
     last: dict[str, Any] = next((r for r in reversed(records) if "loss" in r), {})
     validation = next((r["validation_loss"] for r in reversed(records) if "validation_loss" in r), float("nan"))
     rows: list[tuple[str, Any]] = [

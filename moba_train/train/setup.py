@@ -223,8 +223,7 @@ def leave_stage() -> None:
     phase("end of a stage")
     mesh.leave()
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    devices.release_memory()
 
 
 def close() -> None:

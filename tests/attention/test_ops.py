@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import logging
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -106,16 +108,43 @@ def test_deterministic_on_a_gpu_is_for_the_kernels(monkeypatch: pytest.MonkeyPat
         ops._attention(op, backend, q(), True)
     for op in ("moba_attention", "full_attention"):
         assert ops._attention(op, "auto", gpu, True)() == ("triton", {"deterministic": True})
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert ops._attention("full_attention", "auto", gpu, None)() == ("triton", {"deterministic": None})
+    assert ops._attention("full_attention", "sdpa", gpu, None)() == ("sdpa", {})
+    assert ops._attention("full_attention", "auto", gpu, False)() == ("sdpa", {})
     with pytest.raises(ValueError, match="float64"):
         ops._attention("moba_attention", "auto", q(dtype=torch.float64).to("meta"), True)
 
 
 @pytest.mark.parametrize(
     "block_size, length, expected",
-    [(128, 1 << 17, "triton"), (64, 4096, "triton"), (4096, 1 << 17, "flash"), (8192, 1 << 20, "flash")],
+    [
+        (128, 1 << 17, "triton"),
+        (64, 4096, "triton"),
+        (512, 1 << 17, "mixed"),
+        (4096, 1 << 17, "flash"),
+        (8192, 1 << 20, "flash"),
+    ],
 )
 def test_choice_is_the_nearest_measured_shape(block_size: int, length: int, expected: str) -> None:
-    assert choice.moba_backend(block_size, length) == expected
+    assert choice.moba_backend(block_size, length, length) == expected
+    assert choice.moba_backend(block_size, length, length // 2) == expected  # a context rank's part
+    assert choice.moba_backend(block_size, length, 1) == "triton"
+
+
+def test_the_table_is_the_committed_page() -> None:
+    page = Path(__file__).parents[2] / "benchmarks/results/attention_h200_2026-11-23.csv"
+    with page.open(newline="") as file:
+        times = {(row["setting"], int(row["length"]), row["kernel"]): row for row in csv.DictReader(file)}
+    setting = {128: "small", 512: "medium", 4096: "1m"}
+    for row in choice.MEASURED:
+        for backend, forward, backward in (
+            ("triton", row.triton_forward, row.triton_backward),
+            ("flash", row.flash_forward, row.flash_backward),
+        ):
+            found = times[setting[row.block_size], row.length, f"moba {backend}"]
+            both = float(found["both_ms"])
+            assert (forward, forward + backward) == pytest.approx((float(found["forward_ms"]), both), abs=0.11)
 
 
 def test_choice_is_by_pass() -> None:

@@ -98,4 +98,5 @@ def test_bf16_errs_little_more_than_on_one_device(results_of_all_ranks, setting)
 @pytest.mark.gpu
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: "-".join(map(str, setting)))
 def test_the_host_never_waits(results_of_all_ranks, setting):
+    assert times_of_waiting(torch.ones((), device="cuda").item) > 0  # a wait would be seen
     assert [results[setting][1] for results in results_of_all_ranks] == [0] * len(results_of_all_ranks)

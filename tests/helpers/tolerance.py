@@ -25,6 +25,7 @@ __all__ = [
     "assert_close",
     "assert_gradients",
     "assert_low_precision",
+    "assert_same_but_for_order",
 ]
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -32,6 +33,9 @@ LOSS_RTOL, GRAD_NORM_RTOL = 1e-5, 1e-4  # of a training curve in fp32 in another
 BF16_LAYOUT_LOSS_RTOL, BF16_LAYOUT_NORM_RTOL = 1e-3, 1e-2  # the same in bf16, of a model large enough to average
 BF16_LOSS_RTOL, FP8_LOSS_RTOL = 5e-3, 3e-2  # of a few steps by other layers, or by products in fp8, against bf16
 INDEPENDENCE_RTOL = 1e-6  # of one step's loss and gradient (as a vector) in fp32, packed or split otherwise
+# Of two bf16 results whose fp32 sums were added in other orders: an element may round to its neighbour at each of two
+# roundings, 2^-8 of its size apart, and cancelled sums keep the error of their larger terms.
+_BF16_ORDER = 2**-6
 _FACTOR = {"output": 2.0, "gradient": 3.0}
 
 
@@ -62,3 +66,8 @@ def assert_gradients(function: Callable[..., Tensor | Sequence[Tensor]], inputs:
     """Assert that the gradients of `function` at fp64 `inputs` agree with central differences (error ~ step**2)."""
     step = 1e-5
     assert torch.autograd.gradcheck(function, tuple(inputs), eps=step, atol=100 * step**2, rtol=100 * step**2)
+
+
+def assert_same_but_for_order(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Two bf16 results (or fp32 beside them) of the same sums, added in any order."""
+    torch.testing.assert_close(actual, expected, rtol=_BF16_ORDER, atol=_BF16_ORDER)

@@ -208,10 +208,10 @@ def test_looking_does_not_touch_training(found):
 
 
 def test_a_finished_run_is_looked_at_once_more_and_validated_if_it_was_not(found):
-    validation, *looks = found[0]["at the end"]
-    assert {record["step"] for record in (validation, *looks)} == {2}
+    validation, look = found[0]["at the end"]  # of two starts
+    assert validation["step"] == look["step"] == 2
     assert "validation_loss" in validation
-    assert ["gate/sink_share" in look and "gradient_density/direct" in look for look in looks] == [True, True]
+    assert {"gate/sink_share", "gradient_density/direct"} <= look.keys()
 
 
 def test_auto_chooses_alike_everywhere_and_says_why(found):
