@@ -5,8 +5,8 @@ to its own rows causally: whole documents, zigzag shards, chunked prefill and pa
 merged by log-sum-exp, and there is never a mask. Backward calls the fused kernel per part with the merged out and lse,
 which makes the parts' gradients exact without a backward of the merge.
 
-The public scaled_dot_product_attention hides lse, so the ATen operators under it are called. Key heads are batch and
-the R query heads of a group are heads, over an expanded view: K and V are never copied to H heads.
+Key heads are batch and the R query heads of a group are heads, over an expanded view: K and V are never copied to H
+heads. The kernels are in fused.py.
 
 Letters: T queries, S held key rows, H query heads, G key heads, R = H // G, D head dim, L queries of a run, Z its keys.
 """
@@ -21,13 +21,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
+from moba_train.attention import fused
 from moba_train.attention.merge import merge
 from moba_train.attention.sequence import DenseRun, SequenceInfo
 
 __all__ = ["full_attention"]
-
-_ATEN = torch.ops.aten
-_LSE_ALIGNMENT = 32  # the efficient kernel reads lse in rows of this multiple
 
 
 def full_attention(
@@ -53,6 +51,7 @@ class _FullAttention(torch.autograd.Function):
         num_key_heads = k_SGD.shape[1]
         group = num_heads // num_key_heads
         wide = torch.float64 if q_THD.dtype == torch.float64 else torch.float32
+        kernel = fused.choose(q_THD, seq)
         out_THD = torch.zeros_like(q_THD, memory_format=torch.contiguous_format)
         lse_TH = q_THD.new_full((num_queries, num_heads), -torch.inf, dtype=wide)
         for run in seq.runs:
@@ -60,7 +59,7 @@ class _FullAttention(torch.autograd.Function):
             parts = []
             for start, end, causal in _parts(run):
                 k_GRZD, v_GRZD = (_expand(tensor[start:end], group) for tensor in (k_SGD, v_SGD))
-                parts.append(_fused(q_GRLD, k_GRZD, v_GRZD, causal, scale))
+                parts.append(kernel.forward(q_GRLD, k_GRZD, v_GRZD, causal, scale))
             if parts:
                 out_GRLD, lse_GRL = merge(parts) if len(parts) > 1 else parts[0]
                 out_THD[run.q_start : run.q_end] = _by_row(out_GRLD)
@@ -85,6 +84,7 @@ class _FullAttention(torch.autograd.Function):
             q_THD, k_SGD, v_SGD, out_THD, dout_THD = (pad(t, (0, 8)) for t in (q_THD, k_SGD, v_SGD, out_THD, dout_THD))
             out_THD[..., head_dim] = 1.0
             dout_THD[..., head_dim] = -dlse_TH
+        kernel = fused.choose(q_THD, seq)
         num_key_heads = k_SGD.shape[1]
         group = q_THD.shape[1] // num_key_heads
         dq_THD, dk_SGD, dv_SGD = (torch.zeros(shape, dtype=lse_TH.dtype, device=lse_TH.device) for shape in shapes)
@@ -94,7 +94,7 @@ class _FullAttention(torch.autograd.Function):
             lse_GRL = _by_group(lse_TH[rows][..., None], num_key_heads)[..., 0]
             for start, end, causal in _parts(run):
                 k_GRZD, v_GRZD = (_expand(tensor[start:end], group) for tensor in (k_SGD, v_SGD))
-                dq_GRLD, dk_GRZD, dv_GRZD = _fused_backward(
+                dq_GRLD, dk_GRZD, dv_GRZD = kernel.backward(
                     dout_GRLD, q_GRLD, k_GRZD, v_GRZD, out_GRLD, lse_GRL, causal, scale
                 )
                 dq_THD[rows] += _by_row(dq_GRLD[..., :head_dim])
@@ -128,37 +128,3 @@ def _expand(keys_ZGD: Tensor, group: int) -> Tensor:
     if keys_GZD.stride(-1) != 1:
         keys_GZD = keys_GZD.contiguous()
     return keys_GZD[:, None].expand(-1, group, -1, -1)
-
-
-def _fused(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    if q.device.type == "cpu":
-        return _ATEN._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
-    if q.dtype == torch.float32:
-        out, lse, *_ = _ATEN._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal, scale=scale)
-        return out, lse[..., : q.shape[2]]
-    head_dim = q.shape[3]
-    q, k, v = (pad(tensor, (0, -head_dim % 8)) for tensor in (q, k, v))
-    out, lse, *_ = _ATEN._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
-    return out[..., :head_dim], lse
-
-
-def _fused_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    if q.device.type == "cpu":
-        return _ATEN._scaled_dot_product_flash_attention_for_cpu_backward(
-            dout, q, k, v, out, lse, 0.0, causal, scale=scale
-        )
-    lse = lse.contiguous()
-    unused = torch.zeros((), dtype=torch.int64, device=q.device)  # dropout's seed and offset
-    if q.dtype == torch.float32:
-        lse = pad(lse, (0, -q.shape[2] % _LSE_ALIGNMENT))
-        return _ATEN._scaled_dot_product_efficient_attention_backward(
-            dout, q, k, v, None, out, lse, unused, unused, 0.0, [True, True, True, False], causal, scale=scale
-        )[:3]
-    head_dim = q.shape[3]
-    dout, q, k, v, out = (pad(tensor, (0, -head_dim % 8)) for tensor in (dout, q, k, v, out))
-    grads = _ATEN._scaled_dot_product_flash_attention_backward(
-        dout, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, causal, unused, unused, scale=scale
-    )
-    return tuple(grad[..., :head_dim] for grad in grads)
