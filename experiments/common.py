@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from moba_train import device as devices
 from moba_train.train.metrics import read_metrics
 
@@ -31,9 +33,11 @@ __all__ = [
     "Training",
     "end_of_log",
     "environment",
+    "gpus",
     "inputs",
     "overrides_block",
     "prepared",
+    "prepared_long",
     "provenance",
     "run",
     "stopped_by_sigterm",
@@ -93,6 +97,8 @@ class Training:
 def train_all(trainings: Sequence[Training], at_once: int, processes: int = 1) -> None:
     """Run what is not finished, at most `at_once` side by side, each of so many processes; logs go to the folders.
 
+    Trainings of one process are dealt to the GPUs, so that each has as few as can be.
+
     SystemExit when one fails, after the others, or when this process is told to stop: all save a checkpoint then.
     """
     for training in trainings:
@@ -100,16 +106,23 @@ def train_all(trainings: Sequence[Training], at_once: int, processes: int = 1) -
     waiting = [training for training in trainings if not training.finished]
     threads = max(1, (os.cpu_count() or 1) // (min(at_once, max(len(waiting), 1)) * processes))
     running: dict[subprocess.Popen[bytes], Training] = {}
+    names = gpus() if processes == 1 else []
+    places: dict[subprocess.Popen[bytes], str] = {}  # the GPU of each that runs
     failed: list[Training] = []
     started = told = time.monotonic()
     try:
         with stopped_by_sigterm():
             while waiting or running:
                 while waiting and len(running) < at_once:
-                    running[_start(waiting[0], processes, threads)] = waiting[0]
-                    waiting = waiting[1:]
+                    taken = list(places.values())
+                    place = min(names, key=taken.count, default=None)
+                    process = _start(waiting[0], processes, threads, place)
+                    running[process], waiting = waiting[0], waiting[1:]
+                    if place is not None:
+                        places[process] = place
                 for process in [process for process in running if process.poll() is not None]:
                     training = running.pop(process)
+                    places.pop(process, None)
                     failed += [] if training.finished else [training]
                     print(f"{time.monotonic() - started:4.0f} s: {training.progress()}, ended", flush=True)
                 if time.monotonic() - told > _TELL_S:
@@ -128,6 +141,13 @@ def train_all(trainings: Sequence[Training], at_once: int, processes: int = 1) -
             last = end_of_log(training.folder / "log.txt")
             print(f"{training.folder.name} failed:", *last, sep="\n  ", file=sys.stderr)
         raise SystemExit(f"not finished: {', '.join(t.folder.name for t in failed)}; the same command goes on")
+
+
+def gpus() -> list[str]:
+    """The GPUs that this process may use, each as CUDA_VISIBLE_DEVICES names it."""
+    count = torch.cuda.device_count()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+    return named.split(",")[:count]
 
 
 def end_of_log(log: Path) -> list[str]:
@@ -166,6 +186,18 @@ def prepared(given: str | None, packages: Sequence[str]) -> Path:
     return folder
 
 
+def prepared_long(given: str | None, megabytes: float, characters: int) -> Path:
+    """A prepared data folder of documents.py's long documents, made once; `given`, or below data/."""
+    folder = Path(given or ROOT / "data" / f"long_{megabytes:g}mb_of_{characters}").absolute()
+    if not (folder / "dataset.json").exists():
+        text = folder.with_suffix(".jsonl")
+        size = ["--characters", str(characters), "--megabytes", str(megabytes)]
+        run(["experiments/documents.py", "--output", text, *size])
+        run(["launch/prepare_data.py", "--output", folder, "--input", text])
+        text.unlink()
+    return folder
+
+
 def inputs(packages: Sequence[str]) -> list[str]:
     """--input for the sources of installed packages; nothing for none: the scripts then read the standard library."""
     folders = []
@@ -177,8 +209,13 @@ def inputs(packages: Sequence[str]) -> list[str]:
     return ["--input", *folders] if folders else []
 
 
-def environment(packages: Sequence[str], setting: Sequence[str], quick: bool) -> dict[str, Any]:
-    """What a page says of how its numbers came about: command, device, versions, data, date and `setting`."""
+def environment(
+    packages: Sequence[str], setting: Sequence[str], quick: bool, data: str | None = None
+) -> dict[str, Any]:
+    """What a page says of how its numbers came about: command, device, versions, data, date and `setting`.
+
+    data: None: the sources of `packages`.
+    """
     versions = {name: importlib.metadata.version(name) for name in ("torch", "megatron-core", *packages)}
     program = f"experiments.{Path(sys.argv[0]).parent.name}.{Path(sys.argv[0]).stem}"
     return {
@@ -186,6 +223,7 @@ def environment(packages: Sequence[str], setting: Sequence[str], quick: bool) ->
         "device": devices.device_name(),
         "versions": {"Python": platform.python_version(), **versions},
         "packages": list(packages),
+        "data": data,
         "date": str(datetime.date.today()),
         "setting": [o for o in setting if not Path(o.partition("=")[2]).is_absolute()],
         "quick": quick,
@@ -201,13 +239,14 @@ def without_folder(argument: str) -> str:
 def provenance(told: dict[str, Any]) -> list[str]:
     """Paragraphs of a page on where its numbers come from, of `environment`."""
     versions = told["versions"]
-    data = ", ".join(f"{name} {versions[name]}" for name in told["packages"]) or "the Python standard library"
+    packages = ", ".join(f"{name} {versions[name]}" for name in told["packages"]) or "the Python standard library"
+    data = told.get("data") or f"the Python sources of {packages}"
     quick = ["**A quick run: it shows that the experiment works, and its numbers mean nothing.**"] * told["quick"]
     return [
         *quick,
         f"```\n{told['command']}\n```",
         f"{told['device']}; {', '.join(f'{name} {version}' for name, version in versions.items())}; {told['date']}. "
-        f"Data: the Python sources of {data}. Every number here is written by the program from its results.",
+        f"Data: {data}. Every number here is written by the program from its results.",
     ]
 
 
@@ -227,11 +266,13 @@ def verdict(met: bool) -> str:
     return "met" if met else "**not met**"
 
 
-def _start(training: Training, processes: int, threads: int) -> subprocess.Popen[bytes]:
+def _start(training: Training, processes: int, threads: int, gpu: str | None) -> subprocess.Popen[bytes]:
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [*launcher, *training.command[1:]]
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
+    if gpu is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = gpu
     with (training.folder / "log.txt").open("ab") as log:
         return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)

@@ -5,7 +5,7 @@
     python experiments/extend_smollm2/run.py --page experiments/extend_smollm2/results.json
 
 Takes a Hugging Face folder (folder.py makes SmolLM2-135M-Instruct's), joins installed Python sources to long documents
-(documents.py), trains two arms from the same weights on the same batches, and evaluates the model before and both
+(../documents.py), trains two arms from the same weights on the same batches, and evaluates the model before and both
 after: loss by position and a passkey grid. YaRN stretches the positions. Then writes results.json, a page and a
 picture; the second form writes the last two again from the first.
 
@@ -38,7 +38,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT))  # also where the project is not installed
 
-from experiments.common import Training, end_of_log, stopped_by_sigterm, without_folder  # noqa: E402
+from experiments.common import Training, end_of_log, gpus, stopped_by_sigterm, without_folder  # noqa: E402
 from experiments.extend_smollm2.page import write_results  # noqa: E402
 
 GRACE_S = 60  # for a checkpoint after a stop
@@ -183,7 +183,7 @@ def main() -> int:
             _data(parts, QUICK if quick else GPU, model, out)
             _side_by_side(
                 parts,
-                [*(_lane(parts, plan, out, arm, args) for arm in plan.arms), _before(parts, plan, out, model, args)],
+                [_before(parts, plan, out, model, args), *(_lane(parts, plan, out, arm, args) for arm in plan.arms)],
             )
     except Stopped as reason:
         print(reason, file=sys.stderr)
@@ -239,7 +239,7 @@ def _data(parts: Parts, setting: Setting, model: Path, out: Path) -> None:
     text = out / "long.jsonl"
     size = ["--characters", str(setting.characters), "--megabytes", str(setting.megabytes)]
     if not text.exists():
-        command = [sys.executable, HERE / "documents.py", "--output", text, *size]
+        command = [sys.executable, ROOT / "experiments" / "documents.py", "--output", text, *size]
         parts.run("documents", command, out / "documents.log")
     if not (out / "data" / "dataset.json").exists():
         options = ["--tokenizer", model, "--valid-fraction", "0.25"]
@@ -310,15 +310,13 @@ def _evaluate(
 
 def _side_by_side(parts: Parts, lanes: list[Callable[[], None]]) -> None:
     """All at once on GPUs, dealt to them in turn; one after another on a CPU. A stop or a failure ends all."""
-    import torch
-
-    gpus = torch.cuda.device_count()
+    names = gpus()
 
     def on_its_gpu(index: int) -> None:
-        parts.lane.environment = {"CUDA_VISIBLE_DEVICES": str(index % gpus)} if gpus > 1 else {}
+        parts.lane.environment = {"CUDA_VISIBLE_DEVICES": names[index % len(names)]} if names else {}
         lanes[index]()
 
-    with ThreadPoolExecutor(len(lanes) if gpus else 1) as pool:
+    with ThreadPoolExecutor(len(lanes) if names else 1) as pool:
         futures = [pool.submit(on_its_gpu, index) for index in range(len(lanes))]
         try:
             wait(futures)

@@ -25,13 +25,25 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from experiments.common import Training, environment, overrides_block, prepared, provenance, table, train_all, verdict
+from experiments.common import (
+    Training,
+    environment,
+    overrides_block,
+    prepared_long,
+    provenance,
+    table,
+    train_all,
+    verdict,
+)
 from moba_train.config.arguments import argument_parser
 from moba_train.data.info import dataset_info
 from moba_train.train.metrics import read_metrics
 
 ARMS = {"full": ["attention=full"], "moba": ["attention=moba"], "hybrid": ["attention=moba_then_full"]}
 EIGHTHS = 8
+DATA = (
+    "the Python sources of the standard library and of the packages installed, joined to long documents in path order"
+)
 POSITION_BOUND = 0.01  # nats per token, hybrid from full in the last eighth of the context
 SPIKE_BOUND = 2.0  # sigmas
 NOISE_STEPS = 50  # before the switch, whose step-to-step changes make sigma
@@ -40,7 +52,10 @@ AFTER_STEPS = 10  # after the switch, in which a spike is looked for
 
 @dataclass(frozen=True)
 class Setting:
-    """Model and training of one kind of device. at_once: trainings side by side; packages: whose sources are read."""
+    """Model and training of one kind of device.
+
+    at_once: trainings side by side; megabytes: of text, in documents of so many characters.
+    """
 
     steps: int
     sequence_length: int
@@ -48,7 +63,8 @@ class Setting:
     block_size: int
     seeds: int
     at_once: int
-    packages: tuple[str, ...] = ()
+    megabytes: float
+    characters: int = 420_000
     overrides: tuple[str, ...] = ()
 
 
@@ -59,7 +75,7 @@ GPU = Setting(
     block_size=512,  # with top_k 3 the setting of the MoBA report's scaling study
     seeds=2,
     at_once=6,
-    packages=("torch", "numpy", "transformers"),
+    megabytes=128,
     overrides=(
         "precision=bf16",
         "model.num_layers=8",
@@ -71,7 +87,7 @@ GPU = Setting(
         "optim.warmup_steps=100",
     ),
 )
-CPU = Setting(steps=400, sequence_length=1024, batch=4, block_size=32, seeds=1, at_once=2)
+CPU = Setting(steps=400, sequence_length=1024, batch=4, block_size=32, seeds=1, at_once=2, megabytes=24)
 QUICK = Setting(
     steps=40,
     sequence_length=256,
@@ -79,6 +95,8 @@ QUICK = Setting(
     block_size=16,
     seeds=2,
     at_once=2,
+    megabytes=2,
+    characters=20_000,
     overrides=("model.hidden_size=32", "model.ffn_hidden_size=64", "model.head_dim=8", "optim.warmup_steps=4"),
 )
 
@@ -123,7 +141,7 @@ def main() -> int:
     page = out if args.quick else Path(__file__).parent
     if not args.page:
         steps, seeds = args.steps or setting.steps, args.seeds or setting.seeds
-        data = prepared(args.data, setting.packages)
+        data = prepared_long(args.data, setting.megabytes, setting.characters)
         common = [*_overrides(setting, steps, data), *args.overrides]
         trainings = {
             (arm, seed): Training(
@@ -142,7 +160,7 @@ def main() -> int:
         }
         train_all(list(trainings.values()), args.at_once or setting.at_once, args.nproc)
         results = {
-            "environment": environment(setting.packages, common, args.quick),
+            "environment": environment([], common, args.quick, DATA),
             "seeds": [
                 {arm: dataclasses.asdict(read_curve(trainings[arm, seed].folder)) for arm in ARMS}
                 for seed in range(seeds)

@@ -28,6 +28,7 @@ if given.get("mode") == "wait":
     (folder / "ready").touch()
     time.sleep(60)
 step = int(given["steps"])
+(folder / "gpu").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "none"))
 (folder / "metrics.jsonl").write_text(json.dumps({"step": step, "loss": 1.0, "validation_loss": 1.0}) + "\\n")
 (folder / "checkpoints").mkdir(exist_ok=True)
 (folder / "checkpoints" / "latest").write_text(f"step_{step:08d}")
@@ -39,6 +40,21 @@ def script(tmp_path: Path) -> str:
     path = tmp_path / "train.py"
     path.write_text(SCRIPT)
     return str(path)
+
+
+def test_trainings_are_dealt_to_the_gpus_that_may_be_used(
+    tmp_path: Path, script: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(common.torch.cuda, "device_count", lambda: 2)
+    for visible, names in (("", ["0", "1"]), ("5,3", ["5", "3"])):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert common.gpus() == names
+    trainings = [Training(tmp_path / f"dealt{i}", script, ["steps=9"], 9) for i in range(4)]
+    train_all(trainings, at_once=4)
+    assert sorted((training.folder / "gpu").read_text() for training in trainings) == ["3", "3", "5", "5"]
+    spread = Training(tmp_path / "spread", script, ["steps=9"], 9)
+    train_all([spread], at_once=1, processes=2)
+    assert (spread.folder / "gpu").read_text() == "5,3"
 
 
 def calls(training: Training) -> int:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Real long documents: the Python sources of installed packages, neighbouring files joined until they are long.
 
-    python experiments/extend_smollm2/documents.py --output data/long.jsonl
+    python experiments/documents.py --output data/long.jsonl
 
 A document is whole files of one package in path order, each after a comment with its path, until there are
 --characters; a shorter rest is kept where it has a third of them. Packages are the standard library's and those
