@@ -231,16 +231,14 @@ def _backward(
             lists = route(picks_THK[at], group.size, group.num_blocks, deterministic=deterministic, places=True)
             rows = (tensor[at] for tensor in (q_THD, dout_THD, lse_TH, delta_TH))
             q_PD, dout_PD, lse_P, minus_delta_P = gather(lists, picks_THK.shape[2], *rows)
-            # With out = 0 the kernel's own rowsum(dout * out) - dlse is delta. It is done with q when dq is written.
-            no_out_PHD = q_PD.new_zeros(1, 1, q_PD.shape[1]).expand(q_PD.shape[0], -1, -1)
-            dq_PHD, *grads = flash_library.backward(
-                dout_PD[:, None], minus_delta_P[None], q_PD[:, None], group.k, group.v, no_out_PHD, lse_P[None],
-                _queries(lists), group.keys, **group.sizes(at, block_size), **options, dq_PHD=q_PD[:, None],
+            dq_PD, *grads = flash_library.backward_of_rows(
+                dout_PD, minus_delta_P, q_PD, group.k, group.v, lse_P, _queries(lists), group.keys,
+                **group.sizes(at, block_size), **options,
             )  # fmt: skip
-            sum_parts(dq_THD[at], dq_PHD[:, 0], lists)
+            sum_parts(dq_THD[at], dq_PD, lists)
             for total_SGD, grad in zip(totals, grads, strict=True):
                 total_SGD += grad.view(group.size, -1, grad.shape[-1]).transpose(0, 1)
-            del q_PD, dout_PD, dq_PHD, lists  # before the next slice's are allocated
+            del q_PD, dout_PD, dq_PD, lists  # before the next slice's are allocated
         for grad_SGD, total_SGD in zip((dk_SGD, dv_SGD), totals, strict=True):
             grad_SGD[:, group.key_heads] = total_SGD
     return dq_THD, dk_SGD, dv_SGD

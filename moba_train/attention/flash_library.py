@@ -12,13 +12,14 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import types
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["backward", "forward", "refusal", "refusal_anywhere", "version"]
+__all__ = ["backward", "backward_of_rows", "forward", "refusal", "refusal_anywhere", "version"]
 
 _DTYPES = (torch.bfloat16, torch.float16)
 # 4.0.0b36 on Hopper lays fp32 dq (and dk, dv of grouped heads) out in rows of head dim rounded up to 16 and reads them
@@ -142,6 +143,91 @@ def backward(
         dlse=dlse_HP,
         dq=dq_PHD,
     )
+
+
+def backward_of_rows(
+    dout_PD: Tensor,
+    minus_delta_P: Tensor,
+    q_PD: Tensor,
+    k_S1D: Tensor,
+    v_S1D: Tensor,
+    lse_P: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    *,
+    max_queries: int,
+    max_keys: int,
+    causal: bool,
+    scale: float,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq (in q's memory), dk and dv of one head's rows whose natural-log lse and dlse - dout . out are known."""
+    library = _backward_of_known_rows() or _interface()._flash_attn_bwd
+    # With out = 0 the library's own dout . out - dlse is delta.
+    no_out_P1D = q_PD.new_zeros(1, 1, q_PD.shape[1]).expand(q_PD.shape[0], -1, -1)
+    dq_P1D, dk_S1D, dv_S1D = library(
+        q_PD[:, None],
+        k_S1D,
+        v_S1D,
+        no_out_P1D,
+        dout_PD[:, None],
+        lse_P[None],
+        softmax_scale=scale,
+        causal=causal,
+        cu_seqlens_q=queries,
+        cu_seqlens_k=keys,
+        max_seqlen_q=max_queries,
+        max_seqlen_k=max_keys,
+        deterministic=deterministic,
+        dlse=minus_delta_P[None],
+        dq=q_PD[:, None],  # the kernel is done with q when dq is written
+    )
+    return dq_P1D[:, 0], dk_S1D, dv_S1D
+
+
+@cache
+def _backward_of_known_rows() -> Any:
+    """The library's backward with its first kernel replaced, or None where that kernel is not the one known here.
+
+    The first kernel reads out and dout for a delta that is known, and clears fp32 dq at half of the memory's speed: an
+    eighth of the backward's time at blocks of 512 keys (benchmarks/LOG.md, entry 11).
+    """
+    module = _interface()
+    first = getattr(module, "_bwd_preprocess", None)
+    if first is None or tuple(inspect.signature(first).parameters)[: len(_FIRST_KERNEL)] != _FIRST_KERNEL:
+        return None
+    whole = module._flash_attn_bwd
+    names = {**vars(module), "_bwd_preprocess": _known_rows}
+    return types.FunctionType(whole.__code__, names, whole.__name__, whole.__defaults__, whole.__closure__)
+
+
+_FIRST_KERNEL = (
+    "out", "dout", "dpsum", "lse", "lse_log2", "dq_accum", "cu_seqlens_q", "seqused_q", "dlse",
+    "dtype", "head_dim", "head_dim_v", "m_block_size",
+)  # fmt: skip
+
+
+def _known_rows(
+    out: Tensor,
+    dout: Tensor,
+    dpsum: Tensor,
+    lse: Tensor,
+    lse_log2: Tensor,
+    dq_accum: Tensor,
+    cu_seqlens_q: Tensor,
+    seqused_q: None,
+    dlse: Tensor,
+    dtype: Any,
+    head_dim: int,
+    head_dim_v: int,
+    m_block_size: int,
+    **_options: Any,
+) -> None:
+    """Stands for the library's `_bwd_preprocess` where there is one head and out is zero."""
+    from moba_train.attention.kernels.gather import pad_rows  # late: this file is read where there is no Triton
+
+    pad_rows(lse[0], dlse[0], cu_seqlens_q, lse_log2[0], dpsum[0], m_block_size)
+    dq_accum.zero_()
 
 
 @cache

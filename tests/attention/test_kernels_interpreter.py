@@ -133,7 +133,14 @@ def flash_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
             dq[rows] = torch.einsum("hlz,zhd->lhd", ds, k_ZHD)  # last: it may be q's memory
         return dq, dk, dv
 
+    def backward_of_rows(dout, minus_delta, q, k, v, lse, queries, keys, **options):
+        out = torch.zeros_like(q)[:, None]
+        rest = (q[:, None], k, v, out, lse[None], queries, keys)
+        dq, dk, dv = backward(dout[:, None], minus_delta[None], *rest, **options, dq_PHD=q[:, None])
+        return dq[:, 0], dk, dv
+
     monkeypatch.setattr(flash_library, "refusal", lambda q_THD: None)
+    monkeypatch.setattr(flash_library, "backward_of_rows", backward_of_rows)
     monkeypatch.setattr(flash_library, "forward", forward)
     monkeypatch.setattr(flash_library, "backward", backward)
 
@@ -365,3 +372,26 @@ def test_routing_lists_every_pick_once(deterministic: bool) -> None:
         t, h, slot = mine.nonzero(as_tuple=True)
         want = ((t * case.heads + h + key_head * group) * case.top_k + slot + 1).tolist()
         assert sorted(got) == sorted(want)
+
+
+@interpreted
+def test_rows_are_padded_as_the_library_reads_them() -> None:
+    from moba_train.attention.kernels.gather import pad_rows
+
+    starts, multiple = torch.tensor([0, 0, 5, 69, 69, 400], dtype=torch.int32), 64
+    generator = torch.Generator().manual_seed(0)
+    lse, minus_delta = torch.randn(2, 410, generator=generator)
+    lse[7] = -torch.inf
+    room = (410 + len(starts) * multiple) // multiple * multiple
+    to_lse2, to_delta = torch.full((2, room), torch.nan)
+    pad_rows(lse, minus_delta, starts, to_lse2, to_delta, multiple)
+    expected = torch.full((2, room), torch.nan)
+    for sequence, (start, end) in enumerate(pairwise(starts.tolist())):
+        first = (start + sequence * multiple) // multiple * multiple
+        padded = -(-(end - start) // multiple) * multiple
+        assert expected[:, first : first + padded].isnan().all(), "sequences share no row"
+        expected[0, first : first + padded], expected[1, first : first + padded] = torch.inf, 0.0
+        expected[0, first : first + end - start] = lse[start:end] / math.log(2)
+        expected[1, first : first + end - start] = -minus_delta[start:end]
+    expected[0][expected[0] == -torch.inf] = 0.0
+    torch.testing.assert_close(torch.stack([to_lse2, to_delta]), expected, equal_nan=True)

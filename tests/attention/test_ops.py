@@ -6,6 +6,7 @@ import csv
 import logging
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -202,6 +203,31 @@ def test_saves_its_own_inputs_and_outputs_only(sparse: bool) -> None:
         out, lse = op(*tensors, SEQ)
     expected = [*tensors, out, lse, *([picks] if sparse else [])]
     assert [tensor.data_ptr() for tensor in saved] == [tensor.data_ptr() for tensor in expected]
+
+
+def test_the_library_s_first_kernel_is_replaced_only_where_it_is_the_known_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def library(parameters: str) -> ModuleType:
+        module = ModuleType("library")
+        exec(
+            f"def _bwd_preprocess({parameters}): return 'theirs'\n"
+            "def _flash_attn_bwd(dlse=None): return _bwd_preprocess, _flash_attn_bwd.cache, dlse\n"
+            "_flash_attn_bwd.cache = {}",
+            vars(module),
+        )
+        return module
+
+    known = library(", ".join((*flash_library._FIRST_KERNEL, "row_max=None")))
+    for module, replaced in ((known, True), (library("out, dout, lse"), False)):
+        monkeypatch.setattr(flash_library, "_interface", lambda module=module: module)
+        flash_library._backward_of_known_rows.cache_clear()
+        found = flash_library._backward_of_known_rows()
+        assert (found is not None) == replaced
+        if replaced:
+            assert found(dlse=3) == (flash_library._known_rows, module._flash_attn_bwd.cache, 3)
+            assert module._flash_attn_bwd()[0] is module._bwd_preprocess, "others' calls stay as they were"
+    flash_library._backward_of_known_rows.cache_clear()
 
 
 @pytest.mark.gpu

@@ -16,10 +16,11 @@ from torch import Tensor
 from moba_train.attention.kernels.routing import PairLists
 from moba_train.attention.kernels.tiles import ceil_div, padded_dim
 
-__all__ = ["gather", "merge_parts", "sum_parts"]
+__all__ = ["gather", "merge_parts", "pad_rows", "sum_parts"]
 
 # Rows cleared behind the last pair: a tile of the attention kernel that ends there multiplies them by zero weights.
 _TAIL = 512
+_PROGRAMS = 8  # of a sequence whose rows are padded
 
 
 def gather(
@@ -64,6 +65,19 @@ def gather(
         num_warps=8,
     )
     return *rows, *numbers
+
+
+def pad_rows(
+    lse_P: Tensor, minus_delta_P: Tensor, starts: Tensor, to_lse2: Tensor, to_delta: Tensor, multiple: int
+) -> None:
+    """lse in base 2 and delta as FlashAttention 4's backward reads them: every sequence a `multiple` of rows.
+
+    Sequence b has rows starts[b] .. starts[b + 1]; its padded rows begin at (starts[b] + b * multiple) rounded down to
+    a multiple. Rows that see nothing (lse -inf) get 0, as the library gives them; the padding weighs nothing.
+    """
+    _pad_kernel[(starts.shape[0] - 1, _PROGRAMS)](
+        lse_P, minus_delta_P, starts, to_lse2, to_delta, MULTIPLE=multiple, STEP=256, PROGRAMS=_PROGRAMS, num_warps=4
+    )
 
 
 def merge_parts(out_THD: Tensor, lse_TH: Tensor, parts_PD: Tensor, part_lse_P: Tensor, lists: PairLists) -> None:
@@ -158,6 +172,31 @@ def _gather_kernel(
         at = t * stride_lt + h
         tl.store(to_lse_ptr + place, tl.load(lse_ptr + at, mask=live, other=0.0), mask=place < num_pairs)
         tl.store(to_delta_ptr + place, -tl.load(delta_ptr + at, mask=live, other=0.0), mask=place < num_pairs)
+
+
+@triton.jit
+def _pad_kernel(
+    lse_ptr,
+    minus_delta_ptr,
+    starts_ptr,
+    to_lse2_ptr,
+    to_delta_ptr,
+    MULTIPLE: tl.constexpr,
+    STEP: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+):
+    sequence = tl.program_id(0)
+    start = tl.load(starts_ptr + sequence).to(tl.int32)
+    length = tl.load(starts_ptr + sequence + 1).to(tl.int32) - start
+    padded = (length + MULTIPLE - 1) // MULTIPLE * MULTIPLE
+    to = (start + sequence * MULTIPLE) // MULTIPLE * MULTIPLE
+    for first in range(tl.program_id(1) * STEP, padded, PROGRAMS * STEP):
+        row = first + tl.arange(0, STEP)
+        lse = tl.load(lse_ptr + start + row, mask=row < length, other=float("inf"))
+        minus_delta = tl.load(minus_delta_ptr + start + row, mask=row < length, other=0.0)
+        lse2 = tl.where(lse == float("-inf"), 0.0, lse * 1.4426950408889634)
+        tl.store(to_lse2_ptr + to + row, lse2, mask=row < padded)
+        tl.store(to_delta_ptr + to + row, -minus_delta, mask=row < padded)
 
 
 @triton.jit
