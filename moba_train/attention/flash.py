@@ -37,6 +37,7 @@ __all__ = ["full_attention", "moba_attention"]
 # Bytes staged at a time, in multiples of q's, to need little more than a dense backward's fp32 dq, dk and dv.
 _STAGING = 3.0
 _STAGING_FLOOR = 256 * 2**20
+_SUMMED_AT_ONCE = 4  # pieces whose dk and dv wait, in the inputs' dtype, to be added up in fp32
 _MOST_ELEMENTS = 2**30  # of a staged tensor: far from what 32 bits count
 
 
@@ -226,21 +227,25 @@ def _backward(
     _, delta_TH = row_terms(dout_THD, dlse_TH, out_THD, lse_TH)
     assert key_bounds is not None
     for group in _groups(q_THD, picks_THK, k_SGD, v_SGD, key_bounds, rows_staged=4):
-        totals = [grad_SGD[:, group.key_heads].float() for grad_SGD in (dk_SGD, dv_SGD)]
-        for at in group.pieces:
-            lists = route(picks_THK[at], group.size, group.num_blocks, deterministic=deterministic, places=True)
-            rows = (tensor[at] for tensor in (q_THD, dout_THD, lse_TH, delta_TH))
-            q_PD, dout_PD, lse_P, minus_delta_P = gather(lists, picks_THK.shape[2], *rows)
-            dq_PD, *grads = flash_library.backward_of_rows(
-                dout_PD, minus_delta_P, q_PD, group.k, group.v, lse_P, _queries(lists), group.keys,
-                **group.sizes(at, block_size), **options,
-            )  # fmt: skip
-            sum_parts(dq_THD[at], dq_PD, lists)
-            for total_SGD, grad in zip(totals, grads, strict=True):
-                total_SGD += grad.view(group.size, -1, grad.shape[-1]).transpose(0, 1)
-            del q_PD, dout_PD, dq_PD, lists  # before the next slice's are allocated
-        for grad_SGD, total_SGD in zip((dk_SGD, dv_SGD), totals, strict=True):
-            grad_SGD[:, group.key_heads] = total_SGD
+        for first in range(0, len(group.pieces), _SUMMED_AT_ONCE):
+            pieces = group.pieces[first : first + _SUMMED_AT_ONCE]
+            parts_nS1D = [
+                torch.empty(len(pieces), *x.shape, dtype=x.dtype, device=x.device) for x in (group.k, group.v)
+            ]
+            for number, at in enumerate(pieces):
+                lists = route(picks_THK[at], group.size, group.num_blocks, deterministic=deterministic, places=True)
+                rows = (tensor[at] for tensor in (q_THD, dout_THD, lse_TH, delta_TH))
+                q_PD, dout_PD, lse_P, minus_delta_P = gather(lists, picks_THK.shape[2], *rows)
+                dq_PD = flash_library.backward_of_rows(
+                    dout_PD, minus_delta_P, q_PD, group.k, group.v, lse_P, _queries(lists), group.keys,
+                    **group.sizes(at, block_size), **options,
+                    dk_S1D=parts_nS1D[0][number], dv_S1D=parts_nS1D[1][number],
+                )  # fmt: skip
+                sum_parts(dq_THD[at], dq_PD, lists)
+                del q_PD, dout_PD, dq_PD, lists  # before the next slice's are allocated
+            for grad_SGD, parts in zip((dk_SGD, dv_SGD), parts_nS1D, strict=True):
+                total_gSD = parts.sum(0, dtype=torch.float32).view(group.size, -1, parts.shape[-1])
+                grad_SGD[:, group.key_heads] += total_gSD.transpose(0, 1)
     return dq_THD, dk_SGD, dv_SGD
 
 

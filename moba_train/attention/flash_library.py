@@ -160,12 +160,17 @@ def backward_of_rows(
     causal: bool,
     scale: float,
     deterministic: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq (in q's memory), dk and dv of one head's rows whose natural-log lse and dlse - dout . out are known."""
+    dk_S1D: Tensor,
+    dv_S1D: Tensor,
+) -> Tensor:
+    """Backward of one head's rows whose natural-log lse and dlse - dout . out are known.
+
+    dq, in q's memory; dk and dv go to the given tensors.
+    """
     library = _backward_of_known_rows() or _interface()._flash_attn_bwd
     # With out = 0 the library's own dout . out - dlse is delta.
     no_out_P1D = q_PD.new_zeros(1, 1, q_PD.shape[1]).expand(q_PD.shape[0], -1, -1)
-    dq_P1D, dk_S1D, dv_S1D = library(
+    library(
         q_PD[:, None],
         k_S1D,
         v_S1D,
@@ -181,8 +186,10 @@ def backward_of_rows(
         deterministic=deterministic,
         dlse=minus_delta_P[None],
         dq=q_PD[:, None],  # the kernel is done with q when dq is written
+        dk=dk_S1D,
+        dv=dv_S1D,
     )
-    return dq_P1D[:, 0], dk_S1D, dv_S1D
+    return q_PD
 
 
 @cache

@@ -1,8 +1,9 @@
-"""MoBA forward: gathered queries against earlier blocks, then the own block and the merge in one kernel.
+"""MoBA forward: gathered queries against earlier blocks, the own block, and the merge of their results.
 
 1. pairs.py stages the result of every (query, earlier block) pair.
-2. One program takes a tile of queries of one own block and one head, sums up the staged results, and continues the same
-   online softmax over its own block, causally: out = sum 2^(lse_p - lse) out_p.
+2. One program takes a tile of queries of one own block and one head, and attends to the own block, causally.
+3. gather.py merges the staged results in, row by row. That needs few registers, so more loads are under way than where
+   the second step does it too (benchmarks/LOG.md, entry 11).
 
 Staging is bounded by working on a few key heads at a time. All sizes come from shapes: nothing waits for the device.
 
@@ -16,9 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moba_train.attention.kernels.gather import merge_parts
 from moba_train.attention.kernels.pairs import LOG2E, absorb, attend_pairs, load_keys
 from moba_train.attention.kernels.routing import launch_tile_map
-from moba_train.attention.kernels.tiles import ceil_div, key_argument, own_tiles, padded_dim, power_of_two, uses_tma
+from moba_train.attention.kernels.tiles import ceil_div, key_argument, own_tiles, padded_dim, uses_tma
 
 __all__ = ["launch_forward", "slices"]
 
@@ -65,8 +67,6 @@ def launch_forward(
             q,
             key_argument(k, own.cols, tma),
             key_argument(v, own.cols, tma),
-            staged,
-            staged_lse,
             out_THD[:, heads],
             lse_TH[:, heads],
             own_map,
@@ -83,10 +83,7 @@ def launch_forward(
             v.stride(0),
             v.stride(1),
             num_heads,
-            H=q.shape[1],
             RATIO=ratio,
-            K=picks.shape[2],
-            KP=max(2, power_of_two(picks.shape[2] - 1)),
             D=head_dim,
             DP=padded_dim(head_dim),
             BM=own.rows,
@@ -95,6 +92,8 @@ def launch_forward(
             num_warps=own.warps,
             num_stages=own.stages,
         )
+        if picks.shape[2] > 1:
+            merge_parts(out_THD[:, heads], lse_TH[:, heads], staged, staged_lse, None)
         del staged, staged_lse  # before the next group's are allocated
     return out_THD, lse_TH
 
@@ -118,8 +117,6 @@ def _own_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
-    staged_ptr,
-    staged_lse_ptr,
     out_ptr,
     lse_ptr,
     map_ptr,
@@ -136,10 +133,7 @@ def _own_kernel(
     stride_vs,
     stride_vg,
     all_heads,
-    H: tl.constexpr,
     RATIO: tl.constexpr,
-    K: tl.constexpr,
-    KP: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
     BM: tl.constexpr,
@@ -169,24 +163,9 @@ def _own_kernel(
     shared = tl.minimum(key_end, tl.load(limit_ptr + first).to(tl.int32))
     whole = key + tl.maximum(shared - key, 0) // BN * BN
 
-    # The staged parts come first: their loads need no result of each other and fill the memory pipe.
     highest = tl.full([BM], float("-inf"), dtype=tl.float32)
     total = tl.zeros([BM], dtype=tl.float32)
     acc = tl.zeros([BM, DP], dtype=tl.float32)
-    if K > 1:
-        slot = tl.arange(0, KP)
-        spot = (wide * H + h) * (K - 1)
-        there = live[:, None] & (slot < K - 1)[None, :]
-        lses = tl.load(staged_lse_ptr + spot[:, None] + slot[None, :], mask=there, other=float("-inf"))
-        highest = tl.max(lses, axis=1)
-        shift = tl.where(highest == float("-inf"), 0.0, highest)
-        total = tl.sum(tl.exp2(lses - shift[:, None]), axis=1)
-        for j in tl.range(0, K - 1, loop_unroll_factor=2):
-            lse = tl.load(staged_lse_ptr + spot + j, mask=live, other=float("-inf"))
-            filled = (lse > float("-inf"))[:, None] & (dim < D)[None, :]
-            part = tl.load(staged_ptr + (spot + j)[:, None] * D + dim[None, :], mask=filled, other=0.0)
-            acc += part.to(tl.float32) * tl.exp2(lse - shift)[:, None]
-
     for n in range(key, whole, BN):
         k = load_keys(k_ptr, n, key_end, g, stride_ks, stride_kg, D, DP, BN, TMA)
         v = load_keys(v_ptr, n, key_end, g, stride_vs, stride_vg, D, DP, BN, TMA)

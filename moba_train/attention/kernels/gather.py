@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moba_train.attention.kernels.routing import PairLists
-from moba_train.attention.kernels.tiles import ceil_div, padded_dim
+from moba_train.attention.kernels.tiles import ceil_div, padded_dim, power_of_two
 
 __all__ = ["gather", "merge_parts", "pad_rows", "sum_parts"]
 
@@ -80,23 +80,29 @@ def pad_rows(
     )
 
 
-def merge_parts(out_THD: Tensor, lse_TH: Tensor, parts_PD: Tensor, part_lse_P: Tensor, lists: PairLists) -> None:
-    """Merge every row's parts into out and natural-log lse, in place, by log-sum-exp."""
-    assert lists.places is not None
+def merge_parts(out_THD: Tensor, lse_TH: Tensor, parts_PD: Tensor, part_lse_P: Tensor, lists: PairLists | None) -> None:
+    """Merge every row's parts into out and natural-log lse, in place: out = sum exp(lse_p - lse) out_p.
+
+    With lists, parts lie in their order and have natural-log lse. Without, a row's parts lie side by side in the order
+    of its picks, with lse in base 2, -inf where there is no pick.
+    """
     num_tokens, num_heads, head_dim = out_THD.shape
     rows = num_tokens * num_heads
+    slots = (parts_PD.shape[0] if lists is None else lists.pairs.shape[0]) // rows
     _merge_kernel[(ceil_div(rows, 32),)](
         out_THD,
         lse_TH,
         parts_PD,
         part_lse_P,
-        lists.places,
+        part_lse_P if lists is None else lists.places,
         rows,
         out_THD.stride(0),
         out_THD.stride(1),
         lse_TH.stride(0),
         H=num_heads,
-        SLOTS=lists.places.shape[0] // rows,
+        SLOTS=slots,
+        SP=max(2, power_of_two(slots)),
+        LISTED=lists is not None,
         D=head_dim,
         DP=padded_dim(head_dim),
         BM=32,
@@ -109,7 +115,7 @@ def sum_parts(total_THD: Tensor, parts_PD: Tensor, lists: PairLists) -> None:
     assert lists.places is not None
     num_tokens, num_heads, head_dim = total_THD.shape
     rows = num_tokens * num_heads
-    _sum_kernel[(ceil_div(rows, 32),)](
+    _sum_kernel[(ceil_div(rows, 16),)](
         total_THD,
         parts_PD,
         lists.places,
@@ -120,7 +126,7 @@ def sum_parts(total_THD: Tensor, parts_PD: Tensor, lists: PairLists) -> None:
         SLOTS=lists.places.shape[0] // rows,
         D=head_dim,
         DP=padded_dim(head_dim),
-        BM=32,
+        BM=16,
         num_warps=4,
     )
 
@@ -200,6 +206,12 @@ def _pad_kernel(
 
 
 @triton.jit
+def _places(places_ptr, row, slot, SLOTS: tl.constexpr, LISTED: tl.constexpr, there):
+    at = row * SLOTS + slot
+    return tl.load(places_ptr + at, mask=there, other=-1).to(tl.int64) if LISTED else tl.where(there, at, -1)
+
+
+@triton.jit
 def _merge_kernel(
     out_ptr,
     lse_ptr,
@@ -212,10 +224,14 @@ def _merge_kernel(
     stride_lt,
     H: tl.constexpr,
     SLOTS: tl.constexpr,
+    SP: tl.constexpr,
+    LISTED: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
     BM: tl.constexpr,
 ):
+    TO_BASE_2: tl.constexpr = 1.4426950408889634
+    part_base: tl.constexpr = TO_BASE_2 if LISTED else 1.0
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     live = row < rows
     t = row // H
@@ -224,27 +240,26 @@ def _merge_kernel(
     inside = live[:, None] & (dim < D)[None, :]
     lse_at = lse_ptr + t * stride_lt + h
     out_at = out_ptr + t[:, None] * stride_ot + h[:, None] * stride_oh + dim[None, :]
-    own = tl.load(lse_at, mask=live, other=float("-inf"))
-    highest = own
-    for slot in range(SLOTS):
-        place = tl.load(places_ptr + row * SLOTS + slot, mask=live, other=-1)
-        lse = tl.load(part_lse_ptr + place, mask=place >= 0, other=float("-inf"))
-        highest = tl.maximum(highest, lse)
+    own = tl.load(lse_at, mask=live, other=float("-inf")) * TO_BASE_2
+    slot = tl.arange(0, SP)
+    places = _places(places_ptr, row[:, None], slot[None, :], SLOTS, LISTED, live[:, None] & (slot < SLOTS)[None, :])
+    lses = tl.load(part_lse_ptr + places, mask=places >= 0, other=float("-inf")) * part_base
+    highest = tl.maximum(own, tl.max(lses, axis=1))
     # A row that has seen no key keeps -inf; it must not become inf - inf.
     shift = tl.where(highest == float("-inf"), 0.0, highest)
-    total = tl.exp(own - shift)
-    acc = tl.load(out_at, mask=inside, other=0.0).to(tl.float32) * total[:, None]
-    for slot in tl.range(0, SLOTS, loop_unroll_factor=2):
-        place = tl.load(places_ptr + row * SLOTS + slot, mask=live, other=-1)
-        there = place >= 0
-        weight = tl.exp(tl.load(part_lse_ptr + place, mask=there, other=float("-inf")) - shift)
-        at = parts_ptr + place.to(tl.int64)[:, None] * D + dim[None, :]
-        part = tl.load(at, mask=there[:, None] & (dim < D)[None, :], other=0.0)
-        acc += part.to(tl.float32) * weight[:, None]
-        total += weight
+    weight = tl.exp2(own - shift)
+    total = weight + tl.sum(tl.exp2(lses - shift[:, None]), axis=1)
+    acc = tl.load(out_at, mask=inside, other=0.0).to(tl.float32) * weight[:, None]
+    for j in tl.range(0, SLOTS, loop_unroll_factor=2):
+        place = _places(places_ptr, row, j, SLOTS, LISTED, live)
+        lse = tl.load(part_lse_ptr + place, mask=place >= 0, other=float("-inf")) * part_base
+        at = parts_ptr + place[:, None] * D + dim[None, :]
+        # A slot without a pick has no result to read.
+        part = tl.load(at, mask=(lse > float("-inf"))[:, None] & (dim < D)[None, :], other=0.0)
+        acc += part.to(tl.float32) * tl.exp2(lse - shift)[:, None]
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=inside)
-    tl.store(lse_at, shift + tl.log(total), mask=live)
+    tl.store(lse_at, (shift + tl.log2(total)) * 0.6931471805599453, mask=live)
 
 
 @triton.jit
@@ -267,7 +282,7 @@ def _sum_kernel(
     inside = live[:, None] & (dim < D)[None, :]
     to = total_ptr + (row // H)[:, None] * stride_tt + (row % H)[:, None] * stride_th + dim[None, :]
     acc = tl.load(to, mask=inside, other=0.0).to(tl.float32)
-    for slot in tl.range(0, SLOTS, loop_unroll_factor=2):
+    for slot in tl.range(0, SLOTS, loop_unroll_factor=4):
         place = tl.load(places_ptr + row * SLOTS + slot, mask=live, other=-1)
         at = parts_ptr + place.to(tl.int64)[:, None] * D + dim[None, :]
         acc += tl.load(at, mask=(place >= 0)[:, None] & (dim < D)[None, :], other=0.0).to(tl.float32)
