@@ -32,22 +32,22 @@ class Measured(NamedTuple):
         return min(sums, key=lambda name: sums[name])
 
 
-# Source: benchmarks/results/attention_h200_2026-11-23.md, its rows of head dim 128. Left out: (4096, 256K), where flash
-# was not warmed up. At (512, 32K) all three are within 1 %. Other GPUs borrow the table: an H100, whose memory is
-# slower, may lose some percent with `mixed` at (512, 128K).
+# Source: benchmarks/results/attention_h200_2026-11-23.md, its rows of head dim 128. Other GPUs borrow the table: an H100,
+# whose memory is slower, may lose some percent with `mixed` at (512, 128K).
 MEASURED: tuple[Measured, ...] = (
-    Measured(128, 8192, 1.3, 1.3, 1.9, 3.1),
-    Measured(128, 32768, 2.9, 3.6, 5.8, 12.1),
-    Measured(128, 131072, 13.4, 14.0, 19.9, 30.6),
-    Measured(128, 524288, 93.2, 57.6, 120.8, 120.6),
-    Measured(512, 8192, 3.0, 6.0, 5.2, 10.8),
-    Measured(512, 32768, 10.7, 27.9, 10.7, 27.7),
-    Measured(512, 131072, 45.7, 117.2, 50.9, 98.0),
-    Measured(512, 524288, 219.8, 483.2, 245.7, 421.9),
-    Measured(4096, 65536, 61.5, 285.9, 56.5, 146.2),
-    Measured(4096, 131072, 158.9, 718.9, 142.9, 382.7),
-    Measured(4096, 524288, 752.9, 3623.1, 672.2, 1769.8),
-    Measured(4096, 1048576, 2125.1, 6969.2, 1438.9, 3657.8),
+    Measured(128, 8192, 1.3, 1.4, 2.0, 3.4),
+    Measured(128, 32768, 2.7, 3.6, 4.8, 15.2),
+    Measured(128, 131072, 12.6, 14.1, 20.2, 26.3),
+    Measured(128, 524288, 90.2, 58.0, 122.0, 103.2),
+    Measured(512, 8192, 2.6, 6.0, 4.9, 10.8),
+    Measured(512, 32768, 9.8, 28.1, 10.8, 25.0),
+    Measured(512, 131072, 42.1, 119.4, 52.1, 86.1),
+    Measured(512, 524288, 207.3, 486.7, 247.6, 354.0),
+    Measured(4096, 65536, 59.8, 285.3, 56.4, 144.0),
+    Measured(4096, 131072, 158.5, 720.1, 144.7, 381.7),
+    Measured(4096, 262144, 355.4, 1593.6, 316.8, 821.3),
+    Measured(4096, 524288, 756.1, 3384.6, 676.9, 1705.7),
+    Measured(4096, 1048576, 1575.7, 7007.1, 1429.2, 3547.8),
 )
 
 
