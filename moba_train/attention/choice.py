@@ -32,8 +32,8 @@ class Measured(NamedTuple):
         return min(sums, key=lambda name: sums[name])
 
 
-# Source: benchmarks/results/attention_h200_2026-11-23.md, its rows of head dim 128. Other GPUs borrow the table: an H100,
-# whose memory is slower, may lose some percent with `mixed` at (512, 128K).
+# Source: benchmarks/results/attention_h200_2026-11-23.md, its rows of head dim 128. Other GPUs borrow the table: an
+# H100, whose memory is slower, may lose some percent with `mixed` at (512, 128K).
 MEASURED: tuple[Measured, ...] = (
     Measured(128, 8192, 1.3, 1.4, 2.0, 3.4),
     Measured(128, 32768, 2.7, 3.6, 4.8, 15.2),
