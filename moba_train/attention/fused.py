@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 
 from moba_train.attention.sequence import SequenceInfo
 
-__all__ = ["Kernel", "choose"]
+__all__ = ["Kernel", "choose", "describe"]
 
 _ATEN = torch.ops.aten
 _LSE_ALIGNMENT = 32  # the efficient kernel reads lse in rows of this multiple
@@ -47,12 +47,23 @@ def choose(q_THD: Tensor, seq: SequenceInfo) -> Kernel:
     return Kernel(_cudnn, _cudnn_backward) if _cudnn_serves(q_THD, seq) else Kernel(_flash, _flash_backward)
 
 
+def describe(q_THD: Tensor) -> str:
+    """In words, for the log: whose kernels serve such queries."""
+    if q_THD.device.type == "cpu":
+        return "PyTorch's kernel for CPUs"
+    if q_THD.dtype == torch.float32:
+        return "PyTorch's memory-efficient kernels"
+    return "FlashAttention 2" + ", cuDNN for long batches of one document" * _cudnn_is_there(q_THD)
+
+
 def _cudnn_serves(q_THD: Tensor, seq: SequenceInfo) -> bool:
-    num_queries, _, head_dim = q_THD.shape
+    return q_THD.shape[0] >= _WORTH_A_PLAN and seq.max_document == seq.num_keys and _cudnn_is_there(q_THD)
+
+
+def _cudnn_is_there(q_THD: Tensor) -> bool:
+    head_dim = q_THD.shape[2]
     return (
-        num_queries >= _WORTH_A_PLAN
-        and seq.max_document == seq.num_keys
-        and head_dim % 8 == 0
+        head_dim % 8 == 0
         and head_dim <= 128
         and torch.backends.cudnn.is_available()
         and torch.backends.cuda.cudnn_sdp_enabled()

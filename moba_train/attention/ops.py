@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moba_train.attention import choice, flash_library, gate
+from moba_train.attention import choice, flash_library, fused, gate
 from moba_train.attention.sequence import SequenceInfo
 
 __all__ = ["convolve_keys", "full_attention", "moba_attention", "select_blocks", "select_from_means"]
@@ -326,6 +326,9 @@ def _log_choice(op: str, name: str, q_THD: Tensor) -> None:
         return
     _logged.add(key)
     slow = q_THD.device.type != "cpu" and name in _SLOW_ON_GPU
+    note = ", a slow path on this device: no kernel serves it" if slow else ""
+    if name == "sdpa":
+        note = f": {fused.describe(q_THD)}"
     _LOG.log(
         logging.WARNING if slow else logging.INFO,
         "%s on %s in %s uses backend %r%s",
@@ -333,7 +336,7 @@ def _log_choice(op: str, name: str, q_THD: Tensor) -> None:
         q_THD.device,
         q_THD.dtype,
         name,
-        ", a slow path on this device: no kernel serves it" if slow else "",
+        note,
     )
 
 

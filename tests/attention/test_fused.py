@@ -41,6 +41,9 @@ def test_cudnn_gets_long_batches_of_one_document(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     q_THD = torch.empty(seq.num_queries, 2, head_dim, dtype=dtype, device="meta")
     assert fused.choose(q_THD, seq).forward is forward
+    assert ("cuDNN" in fused.describe(q_THD)) == (
+        capability[0] >= 9 and dtype != torch.float32 and head_dim in (64, 72, 128)
+    )
     assert fused.choose(torch.empty_like(q_THD, device="cpu"), seq).forward is fused._cpu
 
 
