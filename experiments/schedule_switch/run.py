@@ -69,7 +69,7 @@ class Setting:
 
 
 GPU = Setting(
-    steps=2400,
+    steps=8000,
     sequence_length=8192,
     batch=2,
     block_size=512,  # with top_k 3 the setting of the MoBA report's scaling study
@@ -78,13 +78,13 @@ GPU = Setting(
     megabytes=128,
     overrides=(
         "precision=bf16",
-        "model.num_layers=8",
+        "model.num_layers=6",
         "model.hidden_size=256",
         "model.ffn_hidden_size=768",
         "model.head_dim=64",
-        "optim.learning_rate=1e-3",
+        "optim.learning_rate=2e-3",
         "optim.min_learning_rate=2e-5",
-        "optim.warmup_steps=100",
+        "optim.warmup_steps=200",
     ),
 )
 CPU = Setting(steps=400, sequence_length=1024, batch=4, block_size=32, seeds=1, at_once=2, megabytes=24)
