@@ -253,7 +253,7 @@ def _label(name: str) -> str:
         for part in ("Preprocess", "Postprocess", "Forward", "Backward"):
             if part in name or part.lower() in name:
                 return ("*" if part in ("Forward", "Backward") else "") + f"fa4 {part.lower()}"
-    found = re.match(r"_?(resident_)?(pairs|own|key_gradient)_kernel", name)
+    found = re.match(r"_?(resident_)?(pairs|own|merge|key_gradient)_kernel", name)
     if found:
         return "*" + found[2]
     return re.sub(r"[<(].*", "", name.removeprefix("void ")).split("::")[-1].strip()[:40]

@@ -16,6 +16,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -189,12 +190,13 @@ def prepared(given: str | None, packages: Sequence[str]) -> Path:
 def prepared_long(given: str | None, megabytes: float, characters: int) -> Path:
     """A prepared data folder of documents.py's long documents, made once; `given`, or below data/."""
     folder = Path(given or ROOT / "data" / f"long_{megabytes:g}mb_of_{characters}").absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
     if not (folder / "dataset.json").exists():
-        text = folder.with_suffix(".jsonl")
         size = ["--characters", str(characters), "--megabytes", str(megabytes)]
-        run(["experiments/documents.py", "--output", text, *size])
-        run(["launch/prepare_data.py", "--output", folder, "--input", text])
-        text.unlink()
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            text = Path(scratch) / "long.jsonl"
+            run(["experiments/documents.py", "--output", text, *size])
+            run(["launch/prepare_data.py", "--output", folder, "--input", text])
     return folder
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import itertools
 import json
 import math
@@ -34,6 +35,7 @@ from experiments.common import (
     table,
     train_all,
     verdict,
+    without_folder,
 )
 from moba_train.config.arguments import argument_parser
 from moba_train.data.info import dataset_info
@@ -160,7 +162,12 @@ def main() -> int:
         }
         train_all(list(trainings.values()), args.at_once or setting.at_once, args.nproc)
         results = {
-            "environment": environment([], common, args.quick, DATA),
+            "environment": environment(
+                [name for name in ("numpy", "transformers") if importlib.util.find_spec(name)],
+                common,
+                args.quick,
+                f"the folder {without_folder(str(data))}" if args.data else DATA,
+            ),
             "seeds": [
                 {arm: dataclasses.asdict(read_curve(trainings[arm, seed].folder)) for arm in ARMS}
                 for seed in range(seeds)

@@ -37,7 +37,7 @@ __all__ = ["full_attention", "moba_attention"]
 # Bytes staged at a time, in multiples of q's, to need little more than a dense backward's fp32 dq, dk and dv.
 _STAGING = 3.0
 _STAGING_FLOOR = 256 * 2**20
-_SUMMED_AT_ONCE = 4  # pieces whose dk and dv wait, in the inputs' dtype, to be added up in fp32
+_SUMMED_AT_ONCE = 4  # pieces whose dk and dv wait, in the inputs' dtype, to be added up in fp32, in one pass
 _MOST_ELEMENTS = 2**30  # of a staged tensor: far from what 32 bits count
 
 
@@ -227,11 +227,10 @@ def _backward(
     _, delta_TH = row_terms(dout_THD, dlse_TH, out_THD, lse_TH)
     assert key_bounds is not None
     for group in _groups(q_THD, picks_THK, k_SGD, v_SGD, key_bounds, rows_staged=4):
+        totals: list[Tensor] = []
         for first in range(0, len(group.pieces), _SUMMED_AT_ONCE):
             pieces = group.pieces[first : first + _SUMMED_AT_ONCE]
-            parts_nS1D = [
-                torch.empty(len(pieces), *x.shape, dtype=x.dtype, device=x.device) for x in (group.k, group.v)
-            ]
+            parts_nS1D = [group.k.new_empty(len(pieces), *group.k.shape) for _ in range(2)]
             for number, at in enumerate(pieces):
                 lists = route(picks_THK[at], group.size, group.num_blocks, deterministic=deterministic, places=True)
                 rows = (tensor[at] for tensor in (q_THD, dout_THD, lse_TH, delta_TH))
@@ -243,9 +242,10 @@ def _backward(
                 )  # fmt: skip
                 sum_parts(dq_THD[at], dq_PD, lists)
                 del q_PD, dout_PD, dq_PD, lists  # before the next slice's are allocated
-            for grad_SGD, parts in zip((dk_SGD, dv_SGD), parts_nS1D, strict=True):
-                total_gSD = parts.sum(0, dtype=torch.float32).view(group.size, -1, parts.shape[-1])
-                grad_SGD[:, group.key_heads] += total_gSD.transpose(0, 1)
+            sums = [parts.sum(0, dtype=torch.float32) for parts in parts_nS1D]
+            totals = [total.add_(part) for total, part in zip(totals, sums, strict=True)] if totals else sums
+        for grad_SGD, total_S1D in zip((dk_SGD, dv_SGD), totals, strict=True):
+            grad_SGD[:, group.key_heads] += total_S1D.view(group.size, -1, group.k.shape[-1]).transpose(0, 1)
     return dq_THD, dk_SGD, dv_SGD
 
 

@@ -197,21 +197,20 @@ def _backward_of_known_rows() -> Any:
     """The library's backward with its first kernel replaced, or None where that kernel is not the one known here.
 
     The first kernel reads out and dout for a delta that is known, and clears fp32 dq at half of the memory's speed.
-    Without it the backward takes 6 % less at blocks of 512 keys (benchmarks/LOG.md, entry 11).
+    Without it the backward takes 6 % less at blocks of 512 keys (benchmarks/LOG.md, entry 11). Another version may lay
+    the padded rows out differently, and nothing would say so: only versions that were tested are taken.
     """
-    module = _interface()
-    first = getattr(module, "_bwd_preprocess", None)
-    if first is None or tuple(inspect.signature(first).parameters)[: len(_FIRST_KERNEL)] != _FIRST_KERNEL:
+    if version() not in _FIRST_KERNEL_KNOWN:
         return None
+    module = _interface()
     whole = module._flash_attn_bwd
     names = {**vars(module), "_bwd_preprocess": _known_rows}
-    return types.FunctionType(whole.__code__, names, whole.__name__, whole.__defaults__, whole.__closure__)
+    copy = types.FunctionType(whole.__code__, names, whole.__name__, whole.__defaults__, whole.__closure__)
+    copy.__kwdefaults__ = whole.__kwdefaults__
+    return copy
 
 
-_FIRST_KERNEL = (
-    "out", "dout", "dpsum", "lse", "lse_log2", "dq_accum", "cu_seqlens_q", "seqused_q", "dlse",
-    "dtype", "head_dim", "head_dim_v", "m_block_size",
-)  # fmt: skip
+_FIRST_KERNEL_KNOWN = ("4.0.0b36",)
 
 
 def _known_rows(
@@ -228,7 +227,10 @@ def _known_rows(
     head_dim: int,
     head_dim_v: int,
     m_block_size: int,
-    **_options: Any,
+    *,
+    cu_total_m_blocks: Tensor | None,
+    fake_mode: bool,
+    hdim_multiple_of: int,
 ) -> None:
     """Stands for the library's `_bwd_preprocess` where there is one head and out is zero."""
     from moba_train.attention.kernels.gather import pad_rows  # late: this file is read where there is no Triton

@@ -1,9 +1,10 @@
 """PyTorch's fused attention kernels for one rectangle or causal square of full attention, with lse, for dense.py.
 
 The public scaled_dot_product_attention hides lse, so the ATen operators under it are called. On a GPU fp32 is served by
-the memory-efficient kernel and 16 bits by FlashAttention 2, or by cuDNN on Hopper and newer, where it takes half the
-time. cuDNN makes a plan for every new shape (some 0.1 s for both passes), which costs more than it saves where lengths
-change from batch to batch or queries are few: so it gets only long batches of one document.
+the memory-efficient kernel and 16 bits by FlashAttention 2, or by cuDNN on Hopper and newer: on an H200 it takes 0.5 to
+0.6 of the time (benchmarks/LOG.md, entry 12). cuDNN makes a plan for every new shape (some 0.1 s for both passes),
+which costs more than it saves where lengths change from batch to batch or queries are few: so it gets only long batches
+of one document. Nor does it get any under `torch.use_deterministic_algorithms`, which FlashAttention 2 heeds.
 
 Letters: G key heads, R query heads of each, L queries, Z keys, D head dim.
 """
@@ -67,6 +68,8 @@ def _cudnn_is_there(q_THD: Tensor) -> bool:
         and head_dim <= 128
         and torch.backends.cudnn.is_available()
         and torch.backends.cuda.cudnn_sdp_enabled()
+        and torch.version.hip is None
+        and not torch.are_deterministic_algorithms_enabled()
         and torch.cuda.get_device_capability(q_THD.device)[0] >= _HOPPER
     )
 

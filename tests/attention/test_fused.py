@@ -45,6 +45,8 @@ def test_cudnn_gets_long_batches_of_one_document(
         capability[0] >= 9 and dtype != torch.float32 and head_dim in (64, 72, 128)
     )
     assert fused.choose(torch.empty_like(q_THD, device="cpu"), seq).forward is fused._cpu
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert fused.choose(q_THD, seq).forward is not fused._cudnn
 
 
 @pytest.mark.gpu

@@ -205,27 +205,24 @@ def test_saves_its_own_inputs_and_outputs_only(sparse: bool) -> None:
     assert [tensor.data_ptr() for tensor in saved] == [tensor.data_ptr() for tensor in expected]
 
 
-def test_the_library_s_first_kernel_is_replaced_only_where_it_is_the_known_one(
+def test_the_library_s_first_kernel_is_replaced_only_in_versions_that_are_known(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def library(parameters: str) -> ModuleType:
-        module = ModuleType("library")
-        exec(
-            f"def _bwd_preprocess({parameters}): return 'theirs'\n"
-            "def _flash_attn_bwd(dlse=None): return _bwd_preprocess, _flash_attn_bwd.cache, dlse\n"
-            "_flash_attn_bwd.cache = {}",
-            vars(module),
-        )
-        return module
-
-    known = library(", ".join((*flash_library._FIRST_KERNEL, "row_max=None")))
-    for module, replaced in ((known, True), (library("out, dout, lse"), False)):
-        monkeypatch.setattr(flash_library, "_interface", lambda module=module: module)
+    module = ModuleType("library")
+    exec(
+        "def _bwd_preprocess(): return 'theirs'\n"
+        "def _flash_attn_bwd(*, dlse=2): return _bwd_preprocess, _flash_attn_bwd.cache, dlse\n"
+        "_flash_attn_bwd.cache = {}",
+        vars(module),
+    )
+    monkeypatch.setattr(flash_library, "_interface", lambda: module)
+    for version, replaced in (("4.0.0b36", True), ("4.1", False), (None, False)):
+        monkeypatch.setattr(flash_library, "version", lambda version=version: version)
         flash_library._backward_of_known_rows.cache_clear()
         found = flash_library._backward_of_known_rows()
         assert (found is not None) == replaced
         if replaced:
-            assert found(dlse=3) == (flash_library._known_rows, module._flash_attn_bwd.cache, 3)
+            assert found() == (flash_library._known_rows, module._flash_attn_bwd.cache, 2)
             assert module._flash_attn_bwd()[0] is module._bwd_preprocess, "others' calls stay as they were"
     flash_library._backward_of_known_rows.cache_clear()
 

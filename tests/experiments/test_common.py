@@ -57,6 +57,31 @@ def test_trainings_are_dealt_to_the_gpus_that_may_be_used(
     assert (spread.folder / "gpu").read_text() == "5,3"
 
 
+def test_long_documents_are_prepared_once_and_leave_no_file_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+
+    def run(command: list[object]) -> None:
+        ran.append(str(command[0]))
+        folder = Path(str(command[2]))
+        if command[0] == "launch/prepare_data.py":
+            assert Path(str(command[4])).read_text() == "text"
+            folder.mkdir()
+            (folder / "dataset.json").touch()
+        else:
+            folder.write_text("text")
+
+    monkeypatch.setattr(common, "run", run)
+    mine = tmp_path / "long.jsonl"
+    mine.write_text("mine")
+    for _ in range(2):
+        assert common.prepared_long(str(tmp_path / "long"), 1.5, 100) == tmp_path / "long"
+    assert ran == ["experiments/documents.py", "launch/prepare_data.py"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["long", "long.jsonl"]
+    assert mine.read_text() == "mine"
+
+
 def calls(training: Training) -> int:
     return len((training.folder / "calls").read_text())
 

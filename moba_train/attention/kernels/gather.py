@@ -123,7 +123,7 @@ def sum_parts(total_THD: Tensor, parts_PD: Tensor, lists: PairLists) -> None:
         total_THD.stride(0),
         total_THD.stride(1),
         H=num_heads,
-        SLOTS=lists.places.shape[0] // rows,
+        SLOTS=lists.pairs.shape[0] // rows,
         D=head_dim,
         DP=padded_dim(head_dim),
         BM=16,
