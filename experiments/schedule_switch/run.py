@@ -71,7 +71,7 @@ class Setting:
 
 
 GPU = Setting(
-    steps=8000,
+    steps=6000,
     sequence_length=8192,
     batch=2,
     block_size=512,  # with top_k 3 the setting of the MoBA report's scaling study
