@@ -235,13 +235,14 @@ def _backward(
                 lists = route(picks_THK[at], group.size, group.num_blocks, deterministic=deterministic, places=True)
                 rows = (tensor[at] for tensor in (q_THD, dout_THD, lse_TH, delta_TH))
                 q_PD, dout_PD, lse_P, minus_delta_P = gather(lists, picks_THK.shape[2], *rows)
-                dq_PD = flash_library.backward_of_rows(
-                    dout_PD, minus_delta_P, q_PD, group.k, group.v, lse_P, _queries(lists), group.keys,
-                    **group.sizes(at, block_size), **options,
-                    dk_S1D=parts_nS1D[0][number], dv_S1D=parts_nS1D[1][number],
+                dk_S1D, dv_S1D = (parts[number] for parts in parts_nS1D)
+                flash_library.backward(
+                    dout_PD[:, None], minus_delta_P[None], q_PD[:, None], group.k, group.v, None, lse_P[None],
+                    _queries(lists), group.keys, **group.sizes(at, block_size), **options, dq_PHD=q_PD[:, None],
+                    dk_SGD=dk_S1D, dv_SGD=dv_S1D,
                 )  # fmt: skip
-                sum_parts(dq_THD[at], dq_PD, lists)
-                del q_PD, dout_PD, dq_PD, lists  # before the next slice's are allocated
+                sum_parts(dq_THD[at], q_PD, lists)
+                del q_PD, dout_PD, lists  # before the next slice's are allocated
             sums = [parts.sum(0, dtype=torch.float32) for parts in parts_nS1D]
             totals = [total.add_(part) for total, part in zip(totals, sums, strict=True)] if totals else sums
         for grad_SGD, total_S1D in zip((dk_SGD, dv_SGD), totals, strict=True):

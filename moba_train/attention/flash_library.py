@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["backward", "backward_of_rows", "forward", "refusal", "refusal_anywhere", "version"]
+__all__ = ["backward", "forward", "refusal", "refusal_anywhere", "version"]
 
 _DTYPES = (torch.bfloat16, torch.float16)
 # 4.0.0b36 on Hopper lays fp32 dq (and dk, dv of grouped heads) out in rows of head dim rounded up to 16 and reads them
 # rounded up to 32: gradients of head dims such as 16 or 80 are wrong. Multiples of 32 agree.
 _HEAD_DIM_STEP = 32
+_FIRST_KERNEL_KNOWN = ("4.0.0b36",)  # versions whose first backward kernel may be replaced: _backward_of_known_rows
 _MISSING = "needs FlashAttention 4, the package `flash-attn-4`, which cannot be imported"
 
 
@@ -110,7 +111,7 @@ def backward(
     q_PHD: Tensor,
     k_SGD: Tensor,
     v_SGD: Tensor,
-    out_PHD: Tensor,
+    out_PHD: Tensor | None,
     lse_HP: Tensor,
     queries: Tensor,
     keys: Tensor,
@@ -121,12 +122,20 @@ def backward(
     scale: float,
     deterministic: bool,
     dq_PHD: Tensor | None = None,
+    dk_SGD: Tensor | None = None,
+    dv_SGD: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk and dv in the inputs' dtype. `out` and `lse` may be those of attention to more keys than these.
+    """dq, dk and dv in the inputs' dtype, in the given tensors if any; dq is filled in last and may be q's own memory.
 
-    `dq_PHD`, where given, is filled in last: it may be q's own memory.
+    `out` and `lse` may be those of attention to more keys than these. Without `out`, `dlse` is dlse - dout . out, and
+    q has one head.
     """
-    return _interface()._flash_attn_bwd(
+    library = _interface()._flash_attn_bwd
+    if out_PHD is None:
+        # With out = 0 the library's own dout . out - dlse is right.
+        out_PHD = q_PHD.new_zeros(1, *q_PHD.shape[1:]).expand_as(q_PHD)
+        library = _backward_of_known_rows() or library
+    return library(
         q_PHD,
         k_SGD,
         v_SGD,
@@ -142,54 +151,9 @@ def backward(
         deterministic=deterministic,
         dlse=dlse_HP,
         dq=dq_PHD,
+        dk=dk_SGD,
+        dv=dv_SGD,
     )
-
-
-def backward_of_rows(
-    dout_PD: Tensor,
-    minus_delta_P: Tensor,
-    q_PD: Tensor,
-    k_S1D: Tensor,
-    v_S1D: Tensor,
-    lse_P: Tensor,
-    queries: Tensor,
-    keys: Tensor,
-    *,
-    max_queries: int,
-    max_keys: int,
-    causal: bool,
-    scale: float,
-    deterministic: bool,
-    dk_S1D: Tensor,
-    dv_S1D: Tensor,
-) -> Tensor:
-    """Backward of one head's rows whose natural-log lse and dlse - dout . out are known.
-
-    dq, in q's memory; dk and dv go to the given tensors.
-    """
-    library = _backward_of_known_rows() or _interface()._flash_attn_bwd
-    # With out = 0 the library's own dout . out - dlse is delta.
-    no_out_P1D = q_PD.new_zeros(1, 1, q_PD.shape[1]).expand(q_PD.shape[0], -1, -1)
-    library(
-        q_PD[:, None],
-        k_S1D,
-        v_S1D,
-        no_out_P1D,
-        dout_PD[:, None],
-        lse_P[None],
-        softmax_scale=scale,
-        causal=causal,
-        cu_seqlens_q=queries,
-        cu_seqlens_k=keys,
-        max_seqlen_q=max_queries,
-        max_seqlen_k=max_keys,
-        deterministic=deterministic,
-        dlse=minus_delta_P[None],
-        dq=q_PD[:, None],  # the kernel is done with q when dq is written
-        dk=dk_S1D,
-        dv=dv_S1D,
-    )
-    return q_PD
 
 
 @cache
@@ -208,9 +172,6 @@ def _backward_of_known_rows() -> Any:
     copy = types.FunctionType(whole.__code__, names, whole.__name__, whole.__defaults__, whole.__closure__)
     copy.__kwdefaults__ = whole.__kwdefaults__
     return copy
-
-
-_FIRST_KERNEL_KNOWN = ("4.0.0b36",)
 
 
 def _known_rows(

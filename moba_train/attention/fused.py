@@ -2,7 +2,7 @@
 
 The public scaled_dot_product_attention hides lse, so the ATen operators under it are called. On a GPU fp32 is served by
 the memory-efficient kernel and 16 bits by FlashAttention 2, or by cuDNN on Hopper and newer: on an H200 it takes 0.5 to
-0.6 of the time (benchmarks/LOG.md, entry 12). cuDNN makes a plan for every new shape (some 0.1 s for both passes),
+0.6 of the time (head dim 128, benchmarks/results/attention_h200_2026-11-23.md). cuDNN makes a plan for every new shape,
 which costs more than it saves where lengths change from batch to batch or queries are few: so it gets only long batches
 of one document. Nor does it get any under `torch.use_deterministic_algorithms`, which FlashAttention 2 heeds.
 
@@ -111,21 +111,7 @@ def _flash_backward(
     lse, unused, head_dim = lse.contiguous(), _no_dropout(q), q.shape[3]
     dout, q, k, v, out = (pad(tensor, (0, -head_dim % 8)) for tensor in (dout, q, k, v, out))
     grads = _ATEN._scaled_dot_product_flash_attention_backward(
-        dout,
-        q,
-        k,
-        v,
-        out,
-        lse.contiguous(),
-        None,
-        None,
-        q.shape[2],
-        k.shape[2],
-        0.0,
-        causal,
-        unused,
-        unused,
-        scale=scale,
+        dout, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, causal, unused, unused, scale=scale
     )
     dq, dk, dv = (grad[..., :head_dim] for grad in grads)
     return dq, dk, dv

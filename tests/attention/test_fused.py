@@ -64,6 +64,8 @@ def test_cudnn_gets_long_batches_of_one_document(
 )
 def test_long_document_in_low_precision(case: Case, dtype: torch.dtype, through_lse: bool) -> None:
     seq, inputs = case.sequence(), case.inputs(dtype, "cuda")
+    if torch.cuda.get_device_capability() >= (9, 0):
+        assert fused.choose(inputs.q_THD, seq).forward is fused._cudnn
     if not through_lse:
         inputs = inputs._replace(dlse_TH=torch.zeros_like(inputs.dlse_TH))
     mask = reference.full_mask(seq).to("cuda")[:, None].expand(-1, case.heads, -1)

@@ -287,6 +287,7 @@ out, lse = moba_attention(q, k, v, SequenceInfo([0, 200, 200, 330]), block_size=
 (out.float().sum() + lse.sum()).backward()
 # What `flash` and `mixed` do around the library's kernels.
 from moba_train.attention import select_blocks
+from moba_train.attention.flash import _queries
 from moba_train.attention.kernels.gather import gather, merge_parts, pad_rows, sum_parts
 from moba_train.attention.kernels.routing import route
 seq = SequenceInfo([0, 200, 200, 330])
@@ -294,7 +295,7 @@ picks = select_blocks(q.detach(), k.detach(), seq, block_size=48, top_k=3)
 lists = route(picks, 2, seq.blocks(48).num_blocks, places=True)
 out, lse, delta = out.detach(), lse.detach(), torch.randn_like(lse)
 q_PD, dout_PD, lse_P, minus_delta_P = gather(lists, 3, q.detach(), out, lse, delta)
-starts = lists.starts[:: lists.stride].contiguous()
+starts = _queries(lists)
 room = (q_PD.shape[0] + starts.shape[0] * 64) // 64 * 64
 pad_rows(lse_P, minus_delta_P, starts, torch.empty(room, device="cuda"), torch.empty(room, device="cuda"), 64)
 merge_parts(out, lse, q_PD, lse_P, lists)

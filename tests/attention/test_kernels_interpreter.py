@@ -115,9 +115,14 @@ def flash_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
             lse[:, rows] = part_lse.T
         return out, lse
 
-    def backward(dout, dlse, q, k, v, out, lse, queries, keys, *, causal, scale, deterministic, dq_PHD=None, **sizes):
+    def backward(
+        dout, dlse, q, k, v, out, lse, queries, keys, *, causal, scale, deterministic,
+        dq_PHD=None, dk_SGD=None, dv_SGD=None, **sizes,
+    ):  # fmt: skip
+        assert out is not None or q.shape[1] == 1
+        out = torch.zeros_like(q) if out is None else out
         dq = torch.full_like(q, torch.nan) if dq_PHD is None else dq_PHD
-        dk, dv = torch.zeros_like(k), torch.zeros_like(v)
+        dk, dv = (torch.zeros_like(x) if given is None else given.zero_() for x, given in ((k, dk_SGD), (v, dv_SGD)))
         ratio = q.shape[1] // k.shape[1]
         for rows, columns in _sequences(queries, keys, **sizes):
             k_ZHD, v_ZHD = (x[columns].repeat_interleave(ratio, 1) for x in (k, v))
@@ -133,16 +138,7 @@ def flash_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
             dq[rows] = torch.einsum("hlz,zhd->lhd", ds, k_ZHD)  # last: it may be q's memory
         return dq, dk, dv
 
-    def backward_of_rows(dout, minus_delta, q, k, v, lse, queries, keys, dk_S1D, dv_S1D, **options):
-        out = torch.zeros_like(q)[:, None]
-        rest = (q[:, None], k, v, out, lse[None], queries, keys)
-        dq, dk, dv = backward(dout[:, None], minus_delta[None], *rest, **options, dq_PHD=q[:, None])
-        dk_S1D.copy_(dk)
-        dv_S1D.copy_(dv)
-        return dq[:, 0]
-
     monkeypatch.setattr(flash_library, "refusal", lambda q_THD: None)
-    monkeypatch.setattr(flash_library, "backward_of_rows", backward_of_rows)
     monkeypatch.setattr(flash_library, "forward", forward)
     monkeypatch.setattr(flash_library, "backward", backward)
 

@@ -21,6 +21,8 @@ __all__ = ["gather", "merge_parts", "pad_rows", "sum_parts"]
 # Rows cleared behind the last pair: a tile of the attention kernel that ends there multiplies them by zero weights.
 _TAIL = 512
 _PROGRAMS = 8  # of a sequence whose rows are padded
+_LOG2E = tl.constexpr(1.4426950408889634)
+_LN2 = tl.constexpr(0.6931471805599453)
 
 
 def gather(
@@ -87,6 +89,7 @@ def merge_parts(out_THD: Tensor, lse_TH: Tensor, parts_PD: Tensor, part_lse_P: T
     of its picks, with lse in base 2, -inf where there is no pick.
     """
     num_tokens, num_heads, head_dim = out_THD.shape
+    assert lists is None or lists.places is not None
     rows = num_tokens * num_heads
     slots = (parts_PD.shape[0] if lists is None else lists.pairs.shape[0]) // rows
     _merge_kernel[(ceil_div(rows, 32),)](
@@ -200,7 +203,7 @@ def _pad_kernel(
         row = first + tl.arange(0, STEP)
         lse = tl.load(lse_ptr + start + row, mask=row < length, other=float("inf"))
         minus_delta = tl.load(minus_delta_ptr + start + row, mask=row < length, other=0.0)
-        lse2 = tl.where(lse == float("-inf"), 0.0, lse * 1.4426950408889634)
+        lse2 = tl.where(lse == float("-inf"), 0.0, lse * _LOG2E)
         tl.store(to_lse2_ptr + to + row, lse2, mask=row < padded)
         tl.store(to_delta_ptr + to + row, -minus_delta, mask=row < padded)
 
@@ -230,8 +233,7 @@ def _merge_kernel(
     DP: tl.constexpr,
     BM: tl.constexpr,
 ):
-    TO_BASE_2: tl.constexpr = 1.4426950408889634
-    part_base: tl.constexpr = TO_BASE_2 if LISTED else 1.0
+    part_base: tl.constexpr = _LOG2E if LISTED else 1.0
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     live = row < rows
     t = row // H
@@ -240,7 +242,7 @@ def _merge_kernel(
     inside = live[:, None] & (dim < D)[None, :]
     lse_at = lse_ptr + t * stride_lt + h
     out_at = out_ptr + t[:, None] * stride_ot + h[:, None] * stride_oh + dim[None, :]
-    own = tl.load(lse_at, mask=live, other=float("-inf")) * TO_BASE_2
+    own = tl.load(lse_at, mask=live, other=float("-inf")) * _LOG2E
     slot = tl.arange(0, SP)
     places = _places(places_ptr, row[:, None], slot[None, :], SLOTS, LISTED, live[:, None] & (slot < SLOTS)[None, :])
     lses = tl.load(part_lse_ptr + places, mask=places >= 0, other=float("-inf")) * part_base
@@ -259,7 +261,7 @@ def _merge_kernel(
         acc += part.to(tl.float32) * tl.exp2(lse - shift)[:, None]
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=inside)
-    tl.store(lse_at, (shift + tl.log2(total)) * 0.6931471805599453, mask=live)
+    tl.store(lse_at, (shift + tl.log2(total)) * _LN2, mask=live)
 
 
 @triton.jit
