@@ -27,11 +27,13 @@ from typing import Any
 import torch
 
 from moba_train import device as devices
+from moba_train.data.info import dataset_info
 from moba_train.train.metrics import read_metrics
 
 __all__ = [
     "ROOT",
     "Training",
+    "data_in_words",
     "end_of_log",
     "environment",
     "gpus",
@@ -209,6 +211,13 @@ def inputs(packages: Sequence[str]) -> list[str]:
             raise SystemExit(f"the package {name} is not installed here: its sources are the experiment's data")
         folders.append(str(Path(found.origin).parent))
     return ["--input", *folders] if folders else []
+
+
+def data_in_words(sources: str, folder: Path, given: str | None) -> str:
+    """For a page: the prepared data's sources, or the name of a folder that was given, and how much there is."""
+    info = dataset_info(folder)
+    splits = (f"{split.documents:,} documents of {split.tokens:,} tokens" for split in (info.train, info.valid))
+    return "{}; {} to train and {} to validate".format(f"the folder {folder.name}" if given else sources, *splits)
 
 
 def environment(

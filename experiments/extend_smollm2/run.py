@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """A real model stretched to four times its context with MoBA and with full attention, on the same long documents.
 
-    python experiments/extend_smollm2/run.py --model models/SmolLM2 [--steps N] [--minutes M] [--quick] [key=value ...]
-    python experiments/extend_smollm2/run.py --page experiments/extend_smollm2/results.json
+    python -m experiments.extend_smollm2.run --model models/SmolLM2 [--steps N] [--minutes M] [--quick] [key=value ...]
+    python -m experiments.extend_smollm2.run --page experiments/extend_smollm2/results.json
 
 Takes a Hugging Face folder (folder.py makes SmolLM2-135M-Instruct's), joins installed Python sources to long documents
 (../documents.py), trains two arms from the same weights on the same batches, and evaluates the model before and both
@@ -34,13 +34,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from experiments.common import ROOT, Training, end_of_log, gpus, stopped_by_sigterm, without_folder
+from experiments.extend_smollm2.page import write_results
+from moba_train.config.arguments import argument_parser
+
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
-sys.path.insert(0, str(ROOT))  # also where the project is not installed
-
-from experiments.common import Training, end_of_log, gpus, stopped_by_sigterm, without_folder  # noqa: E402
-from experiments.extend_smollm2.page import write_results  # noqa: E402
-
 GRACE_S = 60  # for a checkpoint after a stop
 STOPPED = "stopped; the same command goes on"
 
@@ -351,7 +349,7 @@ def _results(args: argparse.Namespace, plan: Plan, out: Path) -> dict[str, Any]:
     folders = ("checkpoint.init_from_hf=", "data.path=")
     return {
         "quick": args.quick,
-        "command": " ".join(["python experiments/extend_smollm2/run.py --model FOLDER", *given]),
+        "command": " ".join(["python -m experiments.extend_smollm2.run --model FOLDER", *given]),
         "device": device,
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "megatron-core")},
         "python": platform.python_version(),
@@ -367,8 +365,6 @@ def _results(args: argparse.Namespace, plan: Plan, out: Path) -> dict[str, Any]:
 
 
 def _arguments() -> argparse.Namespace:
-    from moba_train.config.arguments import argument_parser
-
     parser = argument_parser(__doc__)
     add = parser.add_argument
     add("--model", default="models/SmolLM2", metavar="DIR", help="Hugging Face folder (default: models/SmolLM2)")
@@ -382,5 +378,4 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     sys.exit(main())

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """A Hugging Face folder of the Llama-3.2-1B shape through everything: in, trained at 128K, out, and in again, equal.
 
-    python experiments/roundtrip_1b/run.py [--quick] [--steps N] [--out FOLDER] [key=value ...]
+    python -m experiments.roundtrip_1b.run [--quick] [--steps N] [--out FOLDER] [key=value ...]
 
 Random weights in several shards, with the tokenizer of the prepared text. The folder is converted to a core checkpoint
 and back (compared bit by bit), trained for a few steps in bf16 with MoBA (block 512, top 12, last layer full) and full
@@ -13,7 +13,6 @@ in minutes. What is done is not done again; a folder begun with other settings i
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -22,10 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # also where the project is not installed
-
-from experiments.common import Training, environment, prepared, provenance, run, table  # noqa: E402
+from experiments.common import Training, data_in_words, environment, prepared, provenance, run, table
+from moba_train.config.arguments import argument_parser
 
 SHARD = "700MB"
 
@@ -109,7 +106,9 @@ def main() -> int:
     ]
     shape = "A tiny" if args.quick else "The 1B"
     title = f"# {shape} shape: imported, trained at {setting.length:,}, exported, imported again"
-    page = "\n\n".join([title, *provenance(environment((), training.overrides, args.quick)), table(["", ""], *rows)])
+    words = data_in_words("the sources of the Python standard library", data, args.data)
+    told = environment((), training.overrides, args.quick, words)
+    page = "\n\n".join([title, *provenance(told), table(["", ""], *rows)])
     (out / "results.md").write_text(page + "\n", encoding="utf-8")
     print(page)
     return 0
@@ -253,8 +252,6 @@ def _same_bits(one: Any, other: Any) -> bool:
 
 
 def _arguments() -> argparse.Namespace:
-    from moba_train.config.arguments import argument_parser
-
     parser = argument_parser(__doc__)
     parser.add_argument("--quick", action="store_true", help="a tiny shape at 2K: does it work?")
     parser.add_argument("--steps", type=int, default=3, metavar="N", help="of training (default: 3)")
@@ -267,5 +264,4 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     sys.exit(main())

@@ -28,6 +28,7 @@ from matplotlib.figure import Figure
 
 from experiments.common import (
     Training,
+    data_in_words,
     environment,
     overrides_block,
     prepared_long,
@@ -35,7 +36,6 @@ from experiments.common import (
     table,
     train_all,
     verdict,
-    without_folder,
 )
 from moba_train.config.arguments import argument_parser
 from moba_train.data.info import dataset_info
@@ -166,7 +166,7 @@ def main() -> int:
                 [name for name in ("numpy", "transformers") if importlib.util.find_spec(name)],
                 common,
                 args.quick,
-                f"the folder {without_folder(str(data))}" if args.data else DATA,
+                data_in_words(DATA, data, args.data),
             ),
             "seeds": [
                 {arm: dataclasses.asdict(read_curve(trainings[arm, seed].folder)) for arm in ARMS}
@@ -384,7 +384,7 @@ def _overrides(setting: Setting, steps: int, data: Path) -> list[str]:
         f"attention.block_size={setting.block_size}",
         "attention.top_k=3",
         "attention.dense_last_layers=0",
-        "optim.schedule=wsd",  # a cosine's rate at nine tenths is too low to learn anything of full attention
+        "optim.schedule=wsd",  # at nine tenths half of the peak rate is left to learn full attention with
         f"optim.decay_steps={max(1, steps // 5)}",
         "metrics.gate_every=0",
         f"metrics.position_buckets={EIGHTHS}",

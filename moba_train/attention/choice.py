@@ -53,7 +53,7 @@ MEASURED: tuple[Measured, ...] = (
 
 
 # Up to here, decoding and chunks of a prefill, Triton's forward is the fastest in every setting (that page's tables of
-# serving, whole at commit a1acbef).
+# serving, whole at commit a1acbef). A context rank with so few rows is trained with it too, which was not timed.
 FEW_QUERIES = 2048
 
 

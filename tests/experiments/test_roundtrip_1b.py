@@ -31,6 +31,7 @@ def test_in_trained_out_and_in_again_and_other_settings_are_refused(
     assert "| imported and exported: equal | 38 tensors in 2 shards, bit by bit |" in page
     assert "| trained, exported, imported: equal | 26 core tensors, bit by bit |" in page
     assert "| steps | 2 |" in page
+    assert "Data: the folder data; " in page
     assert "weights differ from the source's | 0 of" not in page
     monkeypatch.setattr(sys, "argv", [*command, "optim.learning_rate=1e-5"])
     with pytest.raises(SystemExit, match=r"was started with other settings \(optim\.learning_rate=1e-5\)"):
