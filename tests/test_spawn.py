@@ -39,7 +39,7 @@ def test_ranks_have_the_callers_environment_and_start_without_threads(monkeypatc
 )
 def test_a_rank_that_fails_or_hangs_is_told_and_all_are_ended(tmp_path: Path, fails: bool, said: str) -> None:
     with pytest.raises(AssertionError, match=f"(?s){said}"):
-        run_distributed(_fail_or_hang, 2, tmp_path, fails, timeout=6)
+        run_distributed(_fail_or_hang, 2, tmp_path, fails, timeout=10)
     pids = [int(path.name) for path in tmp_path.iterdir()]
     assert len(pids) == 2
     deadline = time.monotonic() + 10  # the server reaps them in its own time

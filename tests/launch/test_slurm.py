@@ -76,7 +76,7 @@ def start(folder: Path, script: str, *overrides: str, **variables: str) -> subpr
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
-    output, _ = process.communicate(timeout=20)
+    output, _ = process.communicate(timeout=60)
     return process.returncode, output
 
 
@@ -116,7 +116,7 @@ def test_a_failing_run_keeps_its_status_and_is_not_requeued(submit_dir: Path) ->
 @pytest.mark.parametrize("worker_status", ["0", "3"])
 def test_the_signal_ahead_of_the_limit_saves_and_requeues(submit_dir: Path, worker_status: str) -> None:
     process = start(submit_dir, "pretrain.sbatch", WORKER_WAITS="1", WORKER_STATUS=worker_status)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not (submit_dir / "started").exists():
         assert time.monotonic() < deadline, "the worker never started"
         time.sleep(0.02)

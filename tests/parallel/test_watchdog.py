@@ -17,7 +17,7 @@ TIMEOUT_S, START_S = 10, 20  # the second: to fork and connect on a busy machine
 # fault, rank, and what is said of it
 FAULTS = {
     "stop": (2, r"Rank 2 \(\S+\) gave no sign of life for \d+ s, last in 'step 3: work'"),
-    "kill": (1, r"Rank 1 \(\S+\) gave no sign of life for \d+ s, last in 'step [23]: (work|sum)'"),
+    "kill": (1, r"Rank 1 \(\S+\) gave no sign of life for \d+ s, last in 'step 3: work'"),
     "raise": (0, r"Rank 0 \(\S+\) failed in 'step 3: work': IndexError: list index out of range"),
     "sleep": (1, r"Rank 1 \(\S+\) did not move for \d+ s, last in 'step 3: work' at .*watched_program.py:\d+ "),
     "none": (0, None),

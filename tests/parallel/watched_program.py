@@ -28,6 +28,13 @@ FAULTS = {
 }
 
 
+def await_sign(rank: int, port: int, name: str) -> None:
+    """Until this rank's watchdog has written that it is in phase `name`: on a busy machine that can take seconds."""
+    store = dist.PrefixStore("watchdog/0", dist.TCPStore("127.0.0.1", port, wait_for_workers=False))
+    while json.loads(store.get(str(rank)))["phase"] != name:
+        time.sleep(0.05)
+
+
 def rank_main(rank: int, port: int, fault: str, rank_at_fault: int, timeout_s: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: None)  # as a training run, which would save
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(SIZE), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -38,10 +45,9 @@ def rank_main(rank: int, port: int, fault: str, rank_at_fault: int, timeout_s: i
         for step in range(1, 4):
             phase(f"step {step}: work")
             time.sleep(0.5)  # beats are as far apart at this timeout
-            if step == 3:
-                time.sleep(4)  # many processes start at once: let the beats catch up
-                if rank == rank_at_fault:
-                    FAULTS[fault]()
+            if step == 3 and rank == rank_at_fault:
+                await_sign(rank, port, f"step {step}: work")
+                FAULTS[fault]()
             phase(f"step {step}: sum")
             dist.all_reduce(torch.ones(1))
         phase("end")
