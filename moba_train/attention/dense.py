@@ -23,6 +23,7 @@ from torch.nn.functional import pad
 
 from moba_train.attention import fused
 from moba_train.attention.merge import merge
+from moba_train.attention.precision import accumulator
 from moba_train.attention.sequence import DenseRun, SequenceInfo
 
 __all__ = ["full_attention"]
@@ -50,7 +51,7 @@ class _FullAttention(torch.autograd.Function):
         num_queries, num_heads, _ = q_THD.shape
         num_key_heads = k_SGD.shape[1]
         group = num_heads // num_key_heads
-        wide = torch.float64 if q_THD.dtype == torch.float64 else torch.float32
+        wide = accumulator(q_THD.dtype)
         kernel = fused.choose(q_THD, seq)
         out_THD = torch.zeros_like(q_THD, memory_format=torch.contiguous_format)
         lse_TH = q_THD.new_full((num_queries, num_heads), -torch.inf, dtype=wide)

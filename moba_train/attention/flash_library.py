@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["backward", "forward", "refusal", "refusal_anywhere", "version"]
+__all__ = ["backward", "forward", "refusal", "refusal_early", "version"]
 
 _DTYPES = (torch.bfloat16, torch.float16)
 # 4.0.0b36 on Hopper lays fp32 dq (and dk, dv of grouped heads) out in rows of head dim rounded up to 16 and reads them
 # rounded up to 32: gradients of head dims such as 16 or 80 are wrong. Multiples of 32 agree.
 _HEAD_DIM_STEP = 32
+_HOPPER = 9
 _FIRST_KERNEL_KNOWN = ("4.0.0b36",)  # versions whose first backward kernel may be replaced: _backward_of_known_rows
 _MISSING = "needs FlashAttention 4, the package `flash-attn-4`, which cannot be imported"
 
@@ -33,23 +34,20 @@ def refusal(q_THD: Tensor) -> str | None:
     """Why FlashAttention 4 does not serve these queries here, or None where it does."""
     if q_THD.device.type != "cuda":
         return f"needs a GPU, got tensors on {q_THD.device}"
-    anywhere = refusal_anywhere(q_THD.dtype, q_THD.shape[2])
-    if anywhere is not None:
-        return anywhere
-    major, _ = torch.cuda.get_device_capability(q_THD.device)
-    if major not in (9, 10, 11):
-        return "needs a Hopper or Blackwell GPU"
-    if major > 9 and q_THD.shape[2] > 128:
-        return f"takes head dims up to 128 on this GPU, got {q_THD.shape[2]}"
-    return _MISSING if _interface() is None else None
+    early = refusal_early(q_THD.dtype, q_THD.shape[2], torch.cuda.get_device_capability(q_THD.device)[0])
+    return early or (_MISSING if _interface() is None else None)
 
 
-def refusal_anywhere(dtype: torch.dtype, head_dim: int) -> str | None:
-    """The part of `refusal` that needs no GPU to tell."""
+def refusal_early(dtype: torch.dtype, head_dim: int, gpu: int | None) -> str | None:
+    """The part of `refusal` that no tensor is needed for; gpu: major compute capability, None: not known."""
     if dtype not in _DTYPES:
         return f"computes in bf16 and fp16, got {dtype}"
     if head_dim % _HEAD_DIM_STEP or not 0 < head_dim <= 256:
         return f"takes head dims that are multiples of {_HEAD_DIM_STEP} up to 256, got {head_dim}"
+    if gpu is not None and gpu not in (_HOPPER, 10, 11):
+        return "needs a Hopper or Blackwell GPU"
+    if gpu is not None and gpu > _HOPPER and head_dim > 128:
+        return f"takes head dims up to 128 on this GPU, got {head_dim}"
     return None if _installed() else _MISSING
 
 

@@ -20,6 +20,7 @@ import importlib
 import torch
 from torch import Tensor
 
+from moba_train.attention.precision import accumulator
 from moba_train.attention.sequence import BlockTable, SequenceInfo
 
 __all__ = ["block_means", "block_sums", "means_from_sums", "select_from_means", "with_first_block"]
@@ -54,7 +55,7 @@ def means_from_sums(sums_NGD: Tensor, seq: SequenceInfo, block_size: int, dtype:
     """Means of whole blocks from their whole fp64 sums; `dtype` is that of k. fp32, or fp64 for fp64 keys."""
     blocks = seq.blocks(block_size).on(sums_NGD.device)
     means_NGD = sums_NGD / (blocks.end_N - blocks.start_N)[:, None, None]
-    return means_NGD.to(_score_dtype(dtype))
+    return means_NGD.to(accumulator(dtype))
 
 
 def block_means(k_SGD: Tensor, seq: SequenceInfo, block_size: int) -> Tensor:
@@ -128,7 +129,7 @@ def _select(q_THD: Tensor, means_NGD: Tensor, table: BlockTable, top_k: int, for
             continue
         q_GCRD = q_THD[begin:end].double().reshape(end - begin, num_key_heads, -1, head_dim).permute(1, 0, 2, 3)
         scores_GXn = torch.bmm(q_GCRD.reshape(num_key_heads, -1, head_dim), means_GDN[:, :, low:high])
-        scores_GCRn = scores_GXn.to(_score_dtype(dtype)).view(num_key_heads, end - begin, -1, high - low)
+        scores_GCRn = scores_GXn.to(accumulator(dtype)).view(num_key_heads, end - begin, -1, high - low)
         first_C, stop_C = blocks.first_T[begin:end] - low, blocks.own_T[begin:end] - (forced - 1) - low
         ids_n = torch.arange(high - low, device=q_THD.device)
         outside_Cn = (ids_n < first_C[:, None]) | (ids_n >= stop_C[:, None])
@@ -142,10 +143,6 @@ def _select(q_THD: Tensor, means_NGD: Tensor, table: BlockTable, top_k: int, for
             end - begin, num_heads, take
         )
     return picks_THK
-
-
-def _score_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _chunk_elements(tensor: Tensor) -> int:

@@ -5,10 +5,10 @@ Letters: T queries, S held key rows, G key heads, D head dim, W width.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn.functional import pad, silu
 
+from moba_train.attention.precision import accumulator
 from moba_train.attention.sequence import SequenceInfo
 
 __all__ = ["convolve_keys"]
@@ -17,7 +17,7 @@ __all__ = ["convolve_keys"]
 def convolve_keys(k_SGD: Tensor, weight_GDW: Tensor, seq: SequenceInfo) -> Tensor:
     """k plus SiLU of its causal convolution within each document, at the queries' rows -> [T, G, D] in k's dtype."""
     window = seq.window(weight_GDW.shape[2], k_SGD.device)
-    wide = torch.float64 if k_SGD.dtype == torch.float64 else torch.float32
+    wide = accumulator(k_SGD.dtype)
     keys_SGD, weight_GDW = k_SGD.to(wide), weight_GDW.to(wide)
     mixed_SGD = keys_SGD * weight_GDW[..., 0]
     for lag in range(1, min(weight_GDW.shape[2], len(k_SGD))):

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moba_train.attention.precision import accumulator
 from moba_train.attention.sequence import SequenceInfo
 
 __all__ = ["moba_attention"]
@@ -84,7 +85,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     num_queries, num_heads, head_dim = q_THD.shape
     top_k = picks_THK.shape[2]
-    wide = _accumulator(q_THD.dtype)
+    wide = accumulator(q_THD.dtype)
     out_THD = torch.zeros_like(q_THD, memory_format=torch.contiguous_format)
     lse_TH = q_THD.new_full((num_queries, num_heads), -torch.inf, dtype=wide)
     q_QD, k_CD, v_CD = (tensor.reshape(-1, head_dim) for tensor in (q_THD, k_SGD, v_SGD))
@@ -136,7 +137,7 @@ def _backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     if dout_THD is None and dlse_TH is None:
         return None, None, None
-    head_dim, wide = q_THD.shape[2], _accumulator(q_THD.dtype)
+    head_dim, wide = q_THD.shape[2], accumulator(q_THD.dtype)
     if dout_THD is None:
         dout_THD = torch.zeros_like(out_THD)
     # d lse / d score = p, so its gradient only shifts delta: ds = p * (dp - (dout . out - dlse)).
@@ -272,7 +273,7 @@ def _scores(q_XMD: Tensor, k_XWD: Tensor, visible_XM: Tensor | None, scale: floa
 def _gather(rows: Tensor, index: Tensor) -> Tensor:
     # index_select on long rows is several times faster than indexing on a CPU.
     taken = rows.index_select(0, index.flatten()).view(*index.shape, rows.shape[1])
-    return taken if rows.device.type == "cuda" else taken.to(_accumulator(rows.dtype))
+    return taken if rows.device.type == "cuda" else taken.to(accumulator(rows.dtype))
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -285,10 +286,6 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 def _on_host(tensor: Tensor) -> bool:
     """Whether sizes that depend on the picks may be read without waiting for a device."""
     return tensor.device.type == "cpu"
-
-
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _budget(elements: dict[str, int], tensor: Tensor) -> int:

@@ -157,8 +157,17 @@ def test_choice_is_by_pass() -> None:
 @pytest.mark.parametrize("head_dim, served", [(16, False), (80, False), (24, False), (96, True), (288, False)])
 def test_flash_takes_head_dims_whose_gradients_are_right(head_dim: int, served: bool, monkeypatch) -> None:
     monkeypatch.setattr(flash_library.importlib.util, "find_spec", lambda name: name)
-    assert (flash_library.refusal_anywhere(torch.bfloat16, head_dim) is None) == served
-    assert "bf16" in flash_library.refusal_anywhere(torch.float32, head_dim)
+    assert (flash_library.refusal_early(torch.bfloat16, head_dim, None) is None) == served
+    assert "bf16" in flash_library.refusal_early(torch.float32, head_dim, None)
+
+
+@pytest.mark.parametrize(
+    "gpu, head_dim, said", [(9, 256, None), (10, 128, None), (10, 256, "up to 128"), (8, 64, "Hopper")]
+)
+def test_flash_takes_the_gpus_it_was_made_for(gpu: int, head_dim: int, said: str | None, monkeypatch) -> None:
+    monkeypatch.setattr(flash_library.importlib.util, "find_spec", lambda name: name)
+    refusal = flash_library.refusal_early(torch.bfloat16, head_dim, gpu)
+    assert refusal is None if said is None else said in refusal
 
 
 def test_every_registered_backend_has_its_function() -> None:
