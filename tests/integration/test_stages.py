@@ -1,4 +1,7 @@
-"""A run in stages of different length, layout and layer plan: one folder, exact resume anywhere, all state carried."""
+"""A run in stages of different length, layout and layer plan: one folder, exact resume anywhere, all state carried.
+
+The same on two GPUs over NCCL, with deterministic gradients.
+"""
 
 import hashlib
 from unittest import mock
@@ -25,12 +28,19 @@ STAGES = [
     "+stages.sparse={steps: 2, sequence_length: 128, parallel: {tensor: 2}, "
     "model: {rope_scaling: {rope_type: yarn, factor: 2, original_max_position_embeddings: 64}}}",
 ]
+BACKENDS = [
+    "gloo",
+    pytest.param(
+        "nccl",
+        marks=[pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs 2 GPUs")],
+    ),
+]
 STOPS = (1, 1, 1, 2, None)  # steps of each launch: within the first stage, at its end, within the second and the third
 
 
 def _config(data, folder, *overrides):
     ours = [f"data.path={data}", f"run.dir={folder}", f"train.steps={STEPS}", "checkpoint.keep_last=1"]
-    return compose([*SMALL, *ours, *STAGES, *overrides])
+    return compose([*SMALL, *ours, *STAGES, "attention.deterministic=true", *overrides])
 
 
 def _digest(run):
@@ -39,16 +49,16 @@ def _digest(run):
     masters = [p for group in run.optimizer.optimizer.param_groups for p in group["params"]]
     hashed = hashlib.sha256()
     for tensor in [*(p for chunk in run.chunks for p in chunk.parameters()), *masters, *states]:
-        hashed.update(tensor.detach().double().numpy().tobytes())
+        hashed.update(tensor.detach().double().cpu().numpy().tobytes())
     return hashed.hexdigest()
 
 
 def _moments(run):
     """Sum of all second moments over the ranks, and the number of the optimizer's steps."""
     states = run.optimizer.optimizer.state.values()  # none before the first step
-    total = torch.tensor([state["exp_avg_sq"].double().sum() for state in states], dtype=torch.float64).sum()
-    dist.all_reduce(total)
-    return float(total), {int(state["step"]) for state in states}
+    totals = [None] * dist.get_world_size()
+    dist.all_gather_object(totals, sum(float(state["exp_avg_sq"].double().sum()) for state in states))
+    return sum(totals), {int(state["step"]) for state in states}
 
 
 class _StopAfter:
@@ -98,8 +108,13 @@ def _runs(rank, world_size, data, root):
     return begun, saved, groups
 
 
+@pytest.fixture(scope="module", params=BACKENDS)
+def backend(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
+def root(tmp_path_factory, backend):
     return tmp_path_factory.mktemp("stages")
 
 
@@ -109,8 +124,8 @@ def data(root):
 
 
 @pytest.fixture(scope="module")
-def found(root, data):
-    return run_distributed(_runs, 2, data, root, timeout=240)
+def found(root, data, backend):
+    return run_distributed(_runs, 2, data, root, timeout=240, backend=backend)
 
 
 def _steps(folder):
