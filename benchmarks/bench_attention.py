@@ -138,7 +138,7 @@ class Bench:
             return self._choices()
         head = (
             f"## The attention kernels alone\n\nCopy bandwidth {self.copy_bandwidth / 1e12:.2f} TB/s (read and write). "
-            "Device time of one forward and backward by kernel (profiler), ms.\n\n"
+            "Device time of one forward and backward by kernel (profiler), ms; TFLOP/s: those with a star.\n\n"
             "| setting | length | backend | forward TFLOP/s | backward TFLOP/s | of cuDNN's | pairs, TB/s | kernels |\n"
             "|---|---|---|---|---|---|---|---|\n"
         )
@@ -248,12 +248,12 @@ class Bench:
 
 
 def _label(name: str) -> str:
-    """A kernel's short name, with a star where it computes attention."""
+    """A kernel's short name, with a star where the rate of attention counts it: not of gate, routing, PyTorch's own."""
     if "FlashAttention" in name or "flash" in name:
         for part in ("Preprocess", "Postprocess", "Forward", "Backward"):
             if part in name or part.lower() in name:
-                return ("*" if part in ("Forward", "Backward") else "") + f"fa4 {part.lower()}"
-    found = re.match(r"_?(resident_)?(pairs|own|merge|key_gradient)_kernel", name)
+                return f"*fa4 {part.lower()}"
+    found = re.match(r"_?(resident_)?(pairs|own|merge|row_terms|key_gradient|gather|pad|sum)_kernel", name)
     if found:
         return "*" + found[2]
     return re.sub(r"[<(].*", "", name.removeprefix("void ")).split("::")[-1].strip()[:40]

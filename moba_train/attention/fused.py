@@ -4,7 +4,8 @@ The public scaled_dot_product_attention hides lse, so the ATen operators under i
 the memory-efficient kernel and 16 bits by FlashAttention 2, or by cuDNN on Hopper and newer: on an H200 it takes 0.5 to
 0.6 of the time (head dim 128, benchmarks/results/attention_h200_2026-11-23.md). cuDNN makes a plan for every new shape,
 which costs more than it saves where lengths change from batch to batch or queries are few: so it gets only long batches
-of one document. Nor does it get any under `torch.use_deterministic_algorithms`, which FlashAttention 2 heeds.
+of one document, in runs that are not short. (A prompt of a new length pays for its plans once.) Nor does it get any
+under `torch.use_deterministic_algorithms`, which FlashAttention 2 heeds.
 
 Letters: G key heads, R query heads of each, L queries, Z keys, D head dim.
 """
@@ -25,7 +26,8 @@ __all__ = ["Kernel", "choose", "describe"]
 _ATEN = torch.ops.aten
 _LSE_ALIGNMENT = 32  # the efficient kernel reads lse in rows of this multiple
 _HOPPER = 9
-_WORTH_A_PLAN = 4096  # queries
+_WORTH_PLANS = 4096  # queries
+_SHORTEST_SIDE = 256  # of a run's rectangle and square, each of which has a plan of its own; one key alone it refuses
 
 
 class Kernel(NamedTuple):
@@ -58,7 +60,10 @@ def describe(q_THD: Tensor) -> str:
 
 
 def _cudnn_serves(q_THD: Tensor, seq: SequenceInfo) -> bool:
-    return q_THD.shape[0] >= _WORTH_A_PLAN and seq.max_document == seq.num_keys and _cudnn_is_there(q_THD)
+    if q_THD.shape[0] < _WORTH_PLANS or seq.max_document != seq.num_keys:
+        return False
+    sides = ((r.q_end - r.q_start, r.k_diagonal - r.k_start, r.k_end - r.k_diagonal) for r in seq.runs)
+    return min(side for run in sides for side in run if side) >= _SHORTEST_SIDE and _cudnn_is_there(q_THD)
 
 
 def _cudnn_is_there(q_THD: Tensor) -> bool:

@@ -136,9 +136,8 @@ def _check_machine(config: RunConfig) -> None:
     processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
     if gpus and processes > gpus:
         raise ConfigError("world_size", processes, f"{gpus} GPU(s) here: start at most that many processes a machine")
-    gpu = torch.cuda.get_device_capability(0)[0] if gpus else None
     for key in ("backend", "full_backend"):
-        _check_backend(config, f"attention.{key}", getattr(config.attention, key), gpu)
+        _check_backend(config, f"attention.{key}", getattr(config.attention, key), bool(gpus))
     if config.run.dir is not None:
         folder = Path(config.run.dir).absolute()
         existing = next(path for path in (folder, *folder.parents) if path.exists())
@@ -148,17 +147,17 @@ def _check_machine(config: RunConfig) -> None:
             )
 
 
-def _check_backend(config: RunConfig, key: str, name: str, gpu: int | None) -> None:
-    """gpu: major compute capability of this machine's GPUs, None: it has none."""
+def _check_backend(config: RunConfig, key: str, name: str, on_gpu: bool) -> None:
     kernels = name in ("triton", "flash", "mixed")
-    if kernels and gpu is None and "TRITON_INTERPRET" not in os.environ:
+    if kernels and not on_gpu and "TRITON_INTERPRET" not in os.environ:
         raise ConfigError(key, name, "needs a CUDA GPU and there is none here; choose auto")
     if name in ("flash", "mixed"):
         dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
+        gpu = torch.cuda.get_device_capability(0)[0] if torch.cuda.is_available() else None
         refusal = flash_library.refusal_early(dtype, config.model.head_dim, gpu)
         if refusal is not None:
             raise ConfigError(key, name, f"{refusal}; choose auto")
-    if config.attention.deterministic and gpu is not None and not kernels and name != "auto":
+    if config.attention.deterministic and on_gpu and not kernels and name != "auto":
         raise ConfigError(key, name, "adds gradients by atomics on a GPU; attention.deterministic needs another")
 
 

@@ -11,7 +11,7 @@ from moba_train.attention import SequenceInfo, full_attention, fused, reference
 from tests.helpers.cases import Case, Result, run_masked, run_op, to_dtype, zigzag_positions
 from tests.helpers.tolerance import assert_low_precision
 
-LONG = fused._WORTH_A_PLAN
+LONG = fused._WORTH_PLANS
 ONE = SequenceInfo([0, LONG])
 
 
@@ -26,10 +26,13 @@ ONE = SequenceInfo([0, LONG])
         (ONE, 256, torch.bfloat16, (9, 0), fused._flash),
         (SequenceInfo([0, 5, LONG]), 128, torch.bfloat16, (9, 0), fused._flash),
         (SequenceInfo([0, 2 * LONG], range(LONG - 1)), 128, torch.bfloat16, (9, 0), fused._flash),
+        (SequenceInfo([0, 2 * LONG], range(0, 2 * LONG, 2)), 128, torch.bfloat16, (9, 0), fused._flash),
+        (SequenceInfo([0, 2 * LONG], [*range(LONG), 2 * LONG - 1]), 128, torch.bfloat16, (9, 0), fused._flash),
+        (SequenceInfo([0, 2 * LONG], range(1, 2 * LONG)), 128, torch.bfloat16, (9, 0), fused._flash),
         (ONE, 128, torch.float32, (9, 0), fused._efficient),
     ],
 )
-def test_cudnn_gets_long_batches_of_one_document(
+def test_cudnn_gets_long_batches_of_one_document_in_long_runs(
     seq: SequenceInfo,
     head_dim: int,
     dtype: torch.dtype,

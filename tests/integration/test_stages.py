@@ -58,7 +58,9 @@ def _moments(run):
     states = run.optimizer.optimizer.state.values()  # none before the first step
     totals = [None] * dist.get_world_size()
     dist.all_gather_object(totals, sum(float(state["exp_avg_sq"].double().sum()) for state in states))
-    return sum(totals), {int(state["step"]) for state in states}
+    # Transformer Engine's Adam counts steps a group; torch's counts them a parameter, and its groups may keep old ones.
+    counted = [kept for kept in states if "step" in kept] or run.optimizer.optimizer.param_groups
+    return sum(totals), {int(kept["step"]) for kept in counted if "step" in kept}
 
 
 class _StopAfter:

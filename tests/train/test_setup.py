@@ -29,7 +29,7 @@ def test_backends_on_a_gpu(attention: dict, config: dict, name: str, said: str |
         model=dataclasses.replace(run.model, head_dim=config.get("head_dim", 64)),
     )
     if said is None:
-        setup._check_backend(run, "attention.backend", name, gpu=9)
+        setup._check_backend(run, "attention.backend", name, on_gpu=True)
         return
     with pytest.raises(ConfigError, match=said):
-        setup._check_backend(run, "attention.backend", name, gpu=9)
+        setup._check_backend(run, "attention.backend", name, on_gpu=True)
