@@ -169,7 +169,7 @@ def _explain(error: Exception, overrides: Sequence[str]) -> ConfigError:
         key, value = _split(
             match[1] if "=" in match[1] else next((o for o in overrides if o.startswith(match[1])), match[1])
         )
-        return unknown_key(key, value, _known_names(key))
+        return _unknown(key, value)
     return ConfigError("overrides", " ".join(overrides), text)
 
 
@@ -178,11 +178,16 @@ def _split(override: str) -> tuple[str, str]:
     return key.lstrip("+~"), value
 
 
-def _known_names(key: str) -> list[str]:
+def _unknown(key: str, value: str) -> ConfigError:
+    """Told at the first part of the key that is wrong."""
     section: Any = to_dict(RunConfig())
-    for part in key.split(".")[:-1]:
-        section = section.get(part, {}) if isinstance(section, dict) else {}
-    return list(section or {})
+    parts, depth = key.split("."), 0
+    while depth < len(parts) - 1 and isinstance(section, dict) and parts[depth] in section:
+        section, depth = section[parts[depth]], depth + 1
+    if not isinstance(section, dict) or not section:
+        above = ".".join(parts[:depth])
+        return ConfigError(key, value, f"no such key: {above} is given as a whole, {above}=...")
+    return ConfigError(key, value, unknown_key(".".join(parts[: depth + 1]), value, section).remedy)
 
 
 def _help(doc: str) -> str:
