@@ -31,7 +31,7 @@ def main() -> int:
     try:
         arguments = PrepareArguments(
             output=args.output,
-            inputs=tuple(os.path.abspath(given) for given in args.input),
+            inputs=tuple(os.path.abspath(given) if given else given for given in args.input),
             suffixes=tuple(args.suffix),
             text_key=args.text_key,
             tokenizer=None if args.tokenizer is None else os.path.abspath(args.tokenizer),

@@ -70,6 +70,8 @@ def prepare() -> None:
         # One thread a rank unless the user says otherwise: ranks would fight over the cores.
         if "OMP_NUM_THREADS" not in os.environ and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
             torch.set_num_threads(1)
+        # megatron-core's advice on overlap, which a CPU has no use for.
+        warnings.filterwarnings("ignore", message="When using sequence parallelism it is recommended to set")
         _lead_cuda_to_cpu()
 
 

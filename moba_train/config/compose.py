@@ -90,6 +90,7 @@ def _run(action: Callable[[RunConfig], int], doc: str, arguments: list[str]) -> 
         if rank == 0:
             print(_help(doc))
         return 0
+    arguments = [part for given in arguments for part in (["--cfg", "job"] if given == "--cfg=job" else [given])]
     if "--cfg" in arguments:
         at = arguments.index("--cfg")
         if arguments[at + 1 : at + 2] != ["job"]:
@@ -114,7 +115,7 @@ def _values(overrides: Sequence[str]) -> dict[str, Any]:
     ConfigStore.instance().store(name="schema", node=OmegaConf.create(to_dict(RunConfig())))
     values = _compose_values(overrides)
     folder = values["checkpoint"]["init_from_hf"]
-    if folder is None:
+    if not isinstance(folder, str):  # none, or what from_dict refuses
         return values
     kept = Path(values["run"]["dir"] or "") / "hf"  # where a run keeps it, should the folder be gone by now
     source = kept if kept.is_dir() and not Path(folder).is_dir() else folder
@@ -129,11 +130,17 @@ def _values(overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def _compose_values(overrides: Sequence[str]) -> dict[str, Any]:
+    for override in overrides:
+        key, value = _split(override)
+        if re.match(r"hydra[./@]", key):
+            raise ConfigError(
+                key, value, "Hydra only composes here: it makes no folder and launches nothing; leave it out"
+            )
     try:
         with initialize_config_dir(str(RECIPES), version_base="1.3"):
             config = hydra_compose("config", overrides=[_quoted(override) for override in overrides])
             values = OmegaConf.to_container(config, resolve=True)
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
+    except (HydraException, OmegaConfBaseException, ValueError, TypeError) as error:
         raise _explain(error, overrides) from None
     assert isinstance(values, dict)
     return {str(key): value for key, value in values.items()}

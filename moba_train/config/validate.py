@@ -46,6 +46,17 @@ _AT_LEAST = {
 }
 
 
+# Far above any run: a slip such as 1e12 is refused rather than allocated.
+_AT_MOST = {
+    "model.num_layers": 10_000,
+    "parallel.timeout_s": 10_000_000,
+    "train.steps": 100_000_000,
+    "train.global_batch_size": 10_000_000,
+    "train.sequence_length": 2**30,
+    "metrics.position_buckets": 65_536,
+}
+
+
 def min_world_size(config: RunConfig) -> int:
     """GPUs one copy of the model takes: tensor x pipeline x context."""
     return config.parallel.tensor * config.parallel.pipeline * config.parallel.context
@@ -76,6 +87,14 @@ def validate(config: RunConfig, world_size: int) -> None:
     for least, keys in _AT_LEAST.items():
         for key in keys.split():
             _require(config, key, _get(config, key) >= least, f"must be at least {least}")
+    for key, most in _AT_MOST.items():
+        _require(config, key, _get(config, key) <= most, f"must be at most {most:,}")
+    _require(
+        config,
+        "wandb.project",
+        len(config.wandb.project) <= 128 and not set(config.wandb.project) & set("/\\#?%:"),
+        "wandb takes up to 128 characters without / \\ # ? % :",
+    )
     _check_model(config)
     _check_parallel(config)
     dp = data_parallel_size(config, world_size)
@@ -107,6 +126,10 @@ def _check_model(config: RunConfig) -> None:
         f"must be a multiple of model.num_key_value_heads={model.num_key_value_heads}",
     )
     _require(config, "model.head_dim", model.head_dim % 2 == 0, "rotary embedding needs an even head dimension")
+    longest = model.max_position_embeddings
+    _require(
+        config, "model.max_position_embeddings", longest is None or longest >= 1, "must be at least 1, or left out"
+    )
     check_rope(model)
     for name in ("num_attention_heads", "num_key_value_heads", "ffn_hidden_size"):
         _require(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,9 +97,23 @@ def dataset_info(path: str | Path, key: str = "data.path") -> DatasetInfo:
         if version != FORMAT_VERSION:
             raise ConfigError(key, str(path), f"its format is {version}, not {FORMAT_VERSION}; {remedy} --overwrite")
         train, valid = (SplitInfo(**values.pop(name)) for name in ("train", "valid"))
-        return DatasetInfo(**values, train=train, valid=valid)
+        info = DatasetInfo(**values, train=train, valid=valid)
+        _check_numbers(info)
+        return info
     except (ValueError, TypeError, KeyError) as error:
         raise ConfigError(key, str(path), f"{file.name} is damaged ({error}); {remedy} --overwrite") from error
+
+
+def _check_numbers(info: DatasetInfo) -> None:
+    """ValueError for what no prepared text has."""
+    ids = [id for id in (info.eod_id, info.pad_id) if id is not None]
+    if not isinstance(info.vocab_size, int) or not all(isinstance(id, int) and 0 <= id < info.vocab_size for id in ids):
+        raise ValueError(f"token ids {ids} of a vocabulary of {info.vocab_size!r}")
+    losses = ("bytes_per_token", "unigram_loss_per_byte", "byte_unigram_loss_per_byte")
+    for name in losses:
+        value = getattr(info, name)
+        if not isinstance(value, (int, float)) or not 0 <= value < math.inf or (name == losses[0] and not value):
+            raise ValueError(f"{name} is {value!r}")
 
 
 def write_info(folder: Path, info: DatasetInfo) -> None:

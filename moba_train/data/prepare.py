@@ -59,10 +59,12 @@ def prepare(
 
 
 def _check(arguments: PrepareArguments) -> None:
+    if "" in arguments.inputs:
+        raise ConfigError("--input", "", "is empty (an unset variable?); name files or folders")
     if not 0 < arguments.valid_fraction < 1:
         raise ConfigError("--valid-fraction", arguments.valid_fraction, "must lie between 0 and 1, both left out")
-    if arguments.max_megabytes is not None and not arguments.max_megabytes > 0:
-        raise ConfigError("--max-megabytes", arguments.max_megabytes, "must be above 0")
+    if arguments.max_megabytes is not None and not 0 < arguments.max_megabytes < math.inf:
+        raise ConfigError("--max-megabytes", arguments.max_megabytes, "must be above 0, and a number")
     if arguments.eod_token is not None and arguments.tokenizer is None:
         raise ConfigError("--eod-token", arguments.eod_token, "goes with --tokenizer; a trained one brings its own")
 

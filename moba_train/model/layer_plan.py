@@ -186,12 +186,15 @@ def _check_heeded(attention: AttentionConfig, plans: list[Plan], key: str) -> No
                 )
 
 
+_MOST_LAYERS = 10_000  # of one kind in a pattern: a slip is refused rather than expanded
+
+
 def _parse(pattern: str, key: str) -> list[LayerKind]:
     kinds: list[LayerKind] = []
     for item in pattern.split(","):
         match = re.fullmatch(r"\s*(moba|full)\s*(?:\*\s*(\d+))?\s*", item)
         count = int(match[2] or 1) if match else 0
-        if match is None or count == 0:
+        if match is None or not 0 < count <= _MOST_LAYERS:
             raise ConfigError(key, pattern, 'write kinds with counts, repeated over the layers: "moba", "moba*3,full"')
         kinds += [LayerKind(match[1])] * count
     return kinds

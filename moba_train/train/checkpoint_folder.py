@@ -112,11 +112,20 @@ def locate(path: Path, key: str) -> Path:
 
 
 def latest_checkpoint(root: Path) -> Path | None:
-    """The step folder that `latest` in a checkpoints folder names; None without one, CheckpointError if it is gone."""
+    """The step folder that `latest` in a checkpoints folder names; None where nothing was saved.
+
+    Raises CheckpointError when it is gone, or when `latest` names none or is missing beside saved ones: to begin anew
+    would write over them.
+    """
     marker = root / "latest"
     if not marker.is_file():
+        if complete_checkpoints(root):
+            raise corrupt(marker, "it is missing, and there are saved steps")
         return None
-    path = root / marker.read_text().strip()
+    name = marker.read_text(errors="replace").strip()
+    if not name.startswith("step_"):
+        raise corrupt(marker, "it does not name a saved step")
+    path = root / name
     if not path.is_dir():
         raise corrupt(path, "the folder that `latest` names is missing")
     return path
@@ -213,9 +222,15 @@ def check_files(path: Path, metadata: Metadata, contents: bool = False) -> None:
 def read_metadata(path: Path) -> Metadata:
     """moba_train.json of a checkpoint folder; CheckpointError when it is missing or damaged."""
     try:
-        return Metadata(**json.loads((path / _METADATA).read_text()))
+        metadata = Metadata(**json.loads((path / _METADATA).read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise corrupt(path, f"{_METADATA}: {error}") from None
+    expected = {"step": int, "config": dict, "manifest": dict}
+    wrong = [name for name, kind in expected.items() if not isinstance(getattr(metadata, name), kind)]
+    wrong += [name for name in ("config", "manifest") if not getattr(metadata, name)]
+    if wrong:
+        raise corrupt(path, f"{_METADATA}: its {wrong[0]} is {getattr(metadata, wrong[0])!r}")
+    return metadata
 
 
 def write_metadata(folder: Path, metadata: Metadata) -> None:

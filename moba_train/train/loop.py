@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import statistics
+import sys
 import time
 from typing import Any
 
@@ -45,9 +46,21 @@ def finetune(config: RunConfig) -> int:
     return _launch(config)
 
 
+class _Stderr(logging.StreamHandler):
+    """Writes to what sys.stderr is at the time: a progress line puts itself there, and text above itself."""
+
+    @property
+    def stream(self) -> Any:
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, stream: Any) -> None:
+        pass
+
+
 def _launch(config: RunConfig) -> int:
     """Print the plan of a dry run, or check, build and train; the exit code."""
-    logging.basicConfig(format="%(message)s")
+    logging.basicConfig(format="%(message)s", handlers=[_Stderr()])
     first = os.environ.get("RANK", "0") == "0"
     logging.getLogger("moba_train").setLevel(logging.INFO if first else logging.ERROR)
     world_size = preflight(config)

@@ -26,13 +26,15 @@ _LOG = logging.getLogger(__name__)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """All records of a run's metrics.jsonl, oldest first; a line cut off by a crash is left out."""
+    """All records of a run's metrics.jsonl, oldest first; lines that are none (one cut off by a crash) are left out."""
     records = []
-    for line in (folder / "metrics.jsonl").read_text().splitlines():
+    for line in (folder / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except ValueError:
             continue
+        if isinstance(record, dict) and "step" in record:
+            records.append(record)
     return records
 
 

@@ -76,7 +76,9 @@ def preflight(config: RunConfig) -> int:
     at = 0 if config.dry_run else current_stage(stages)
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if config.dry_run:
-        world_size = config.world_size or math.lcm(*(min_world_size(stage.config) for stage in stages))
+        world_size = config.world_size
+        if world_size is None:
+            world_size = math.lcm(*(min_world_size(stage.config) for stage in stages))
     else:
         world_size = started
         if config.world_size not in (None, started):

@@ -68,6 +68,10 @@ def test_the_configuration_survives_its_own_dictionary():
         ("recipe.x=1", "recipe.x", "recipe is given as a whole"),
         ("stages.long.steps=3", "stages.long.steps", "stages is given as a whole"),
         ("model=null", "overrides", "must be a string"),
+        ("recipe=[1]", "overrides", ""),
+        ("checkpoint.init_from_hf=[1]", "checkpoint.init_from_hf", "expects str"),
+        ("hydra.run.dir=/tmp/x", "hydra.run.dir", "leave it out"),
+        ("hydra/launcher=basic", "hydra/launcher", "leave it out"),
         ("train", "train", "key=value"),
     ],
 )
@@ -93,8 +97,9 @@ class TestCommandLine:
         assert run_command_line(lambda config: seen.append(config) or 0, "doc", ["train.steps=3"]) == 0
         assert seen[0].train.steps == 3
 
-    def test_cfg_job_prints_yaml_and_runs_nothing(self, capsys):
-        assert run_command_line(pytest.fail, "doc", ["--cfg", "job", "recipe=8k"]) == 0
+    @pytest.mark.parametrize("given", [["--cfg", "job", "recipe=8k"], ["recipe=8k", "--cfg=job"]])
+    def test_cfg_job_prints_yaml_and_runs_nothing(self, capsys, given):
+        assert run_command_line(pytest.fail, "doc", given) == 0
         assert "sequence_length: 8192" in capsys.readouterr().out
 
     def test_help_lists_recipes_and_keys(self, capsys):

@@ -26,6 +26,11 @@ def test_every_recipe_is_valid_at_its_smallest_size_and_at_four_times_that(recip
         (["parallel.tensor=4"], 4, "model.num_key_value_heads", "parallel.tensor=4"),
         (["model.num_key_value_heads=3"], 1, "model.num_attention_heads", "num_key_value_heads"),
         (["model.head_dim=33"], 1, "model.head_dim", "even"),
+        (["model.max_position_embeddings=0"], 1, "model.max_position_embeddings", "at least 1"),
+        (["model.num_layers=1e30"], 1, "model.num_layers", "at most 10,000"),
+        (["train.steps=1e12"], 1, "train.steps", "at most"),
+        (["wandb.project=a/b"], 1, "wandb.project", "without /"),
+        ([], 0, "world_size", "positive multiple"),
         (["train.sequence_length=1022", "parallel.context=2"], 2, "train.sequence_length", "1024"),
         (
             ["train.sequence_length=1026", "parallel.tensor=2", "parallel.sequence=true", "parallel.context=1"],

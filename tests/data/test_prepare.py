@@ -217,6 +217,8 @@ def test_repeated_changed_and_overwritten(tmp_path: Path) -> None:
     [
         ({"valid_fraction": 1.0}, "--valid-fraction=1.0"),
         ({"max_megabytes": 0.0}, "--max-megabytes=0.0"),
+        ({"max_megabytes": float("inf")}, "--max-megabytes=inf"),
+        ({"inputs": ("",)}, "--input=''"),
         ({"eod_token": "</s>"}, "goes with --tokenizer"),
         ({"inputs": ("/no/such/place",)}, "--input='/no/such/place': no file found"),
     ],

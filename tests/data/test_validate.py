@@ -57,6 +57,13 @@ def test_missing_data_names_the_command(tmp_path: Path) -> None:
     assert "its format is 99" in str(refused(DataConfig(path=str(tmp_path))))
 
 
+@pytest.mark.parametrize("change", [{"vocab_size": "4096"}, {"eod_id": 10**6}, {"bytes_per_token": 0}])
+def test_numbers_that_no_text_has_are_damage(copy: Path, change: dict) -> None:
+    info = json.loads((copy / "dataset.json").read_text())
+    (copy / "dataset.json").write_text(json.dumps(info | change))
+    assert "dataset.json is damaged" in str(refused(DataConfig(path=str(copy))))
+
+
 def test_one_of_path_and_blend(corpus: Prepared) -> None:
     assert refused(DataConfig()).key == "data.path"
     assert refused(DataConfig(blend={})).key == "data.path"

@@ -133,6 +133,8 @@ def test_ctrl_c_saves_and_exits_zero_without_torchrun(data, tmp_path):
         (["model.vocab_size=64"], "model.vocab_size=64"),
         (["world_size=8"], "dry_run=true"),
         (["attention.pattern=dense"], "attention.pattern='dense'"),
+        (["attention.pattern=moba*1000000000"], "attention.pattern='moba*1000000000'"),
+        (["dry_run=true", "world_size=0"], "positive multiple"),
         (["checkpoint.load=nowhere"], "no checkpoint there"),
         (["attention.backend=triton"], "needs a CUDA GPU"),
         (["attention.full_backend=flash"], "needs a CUDA GPU"),

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 
 import pytest
 
-from moba_train.config.schema import CheckpointConfig, RunConfig, RunDirConfig
-from moba_train.train.checkpoint_folder import is_own, loads_weights_only, outdated
+from moba_train.config.schema import CheckpointConfig, ConfigError, RunConfig, RunDirConfig
+from moba_train.train.checkpoint_folder import (
+    Metadata,
+    is_own,
+    latest_checkpoint,
+    loads_weights_only,
+    outdated,
+    read_metadata,
+)
 
 
 @pytest.fixture
@@ -36,6 +45,31 @@ def root(tmp_path: Path) -> Path:
 def test_the_last_ones_stay(root: Path, newest: int, keep_last: int, kept: tuple[int, ...], gone: list[int]) -> None:
     found = outdated(root / f"step_{newest:08d}", keep_last, {f"step_{step:08d}" for step in kept})
     assert [path.name for path in found] == [f"step_{step:08d}" for step in gone]
+
+
+def test_a_run_begins_anew_only_where_nothing_was_saved(root: Path, tmp_path: Path) -> None:
+    marker = root / "latest"
+    marker.write_text("step_00000040")
+    assert latest_checkpoint(root) == root / "step_00000040"
+    assert latest_checkpoint(tmp_path / "none") is None
+    for content in (b"", b"\xd2\xff", b"step_00000099"):
+        marker.write_bytes(content)
+        with pytest.raises(ConfigError, match="latest.*load=.*step_00000040"):
+            latest_checkpoint(root)
+    marker.unlink()
+    with pytest.raises(ConfigError, match="latest.*missing.*load=.*step_00000040"):
+        latest_checkpoint(root)
+
+
+@pytest.mark.parametrize(
+    "wrong", ['"step": null', '"step": 1, "config": {}', '"step": 1, "config": {"a": 1}, "manifest": {}']
+)
+def test_metadata_of_other_kinds_are_named(root: Path, wrong: str) -> None:
+    names = [field.name for field in dataclasses.fields(Metadata)]
+    values = dict.fromkeys(names, {"a": 1}) | json.loads("{" + wrong + "}")
+    (root / "step_00000010" / "moba_train.json").write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match="moba_train.json: its (step|config|manifest) is"):
+        read_metadata(root / "step_00000010")
 
 
 def test_own_checkpoints_are_known_however_their_paths_are_written(

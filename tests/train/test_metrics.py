@@ -20,6 +20,9 @@ def test_records_are_written_as_they_come_and_other_ranks_write_nothing(tmp_path
     metrics = Metrics(CONFIG, tmp_path, 0, enabled=True)
     metrics.write(record(1))
     assert read_metrics(tmp_path) == [record(1)]
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b'\xd2\xff\n3\n{"step": ')
+    assert read_metrics(tmp_path) == [record(1)]
     metrics.close()
     silent = Metrics(CONFIG, tmp_path / "other", 0, enabled=False)
     silent.write(record(1))
