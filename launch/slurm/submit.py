@@ -67,11 +67,24 @@ def _facts(cluster: str) -> dict[str, Any]:
         raise ValueError(
             f"CLUSTER={cluster!r}: name a file of recipes/cluster/ ({known}), or write one from example.yaml"
         )
-    facts = yaml.safe_load(path.read_text()) or {}
-    unknown = sorted(set(facts) - set(KEYS))
+    try:
+        facts = yaml.safe_load(path.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(facts, dict):
+        raise ValueError(f"{path}: expects the keys {', '.join(KEYS)}")
+    unknown = sorted(str(key) for key in set(facts) - set(KEYS))
     if unknown:
         raise ValueError(f"{path}: unknown key {', '.join(unknown)}; the keys are {', '.join(KEYS)}")
-    return {key: facts.get(key) or ([] if key == "setup" else {}) for key in KEYS}
+    found = {key: facts.get(key) or ([] if key == "setup" else {}) for key in KEYS}
+    for key, value in found.items():
+        if not isinstance(value, list if key == "setup" else dict):
+            kind = "a list of shell lines" if key == "setup" else "names with values"
+            raise ValueError(f"{path}: {key} is {value!r}; write {kind}")
+    limit = found["sbatch"].get("time")
+    if limit is not None and not isinstance(limit, str):
+        raise ValueError(f"{path}: time is the number {limit}: quote it, as YAML reads 24:00:00 in seconds")
+    return found
 
 
 if __name__ == "__main__":

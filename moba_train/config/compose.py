@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -74,6 +75,7 @@ def told(action: Callable[[], int]) -> int:
     except ConfigError as error:
         rank, local_rank = _ranks()
         if local_rank:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a run that had begun would note it and go on
             time.sleep(_OTHERS_WAIT_S)
         where = f" (process {rank} on {platform.node()})" if rank else ""
         print(f"Configuration error{where}: {error}", file=sys.stderr, flush=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.slurm import submit
 from launch.slurm.submit import flags, job
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -186,3 +187,24 @@ def test_clusters_make_a_command(cluster: str) -> None:
 def test_submit_names_what_is_wrong(arguments: list[str], cluster: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         job(arguments, {"CLUSTER": cluster})
+
+
+@pytest.mark.parametrize(
+    "facts, words",
+    [
+        ("sbtach: {}", "unknown key sbtach"),
+        ("a: [", "not YAML"),
+        ("[1, 2]", "expects the keys"),
+        ("setup: module load cuda", "a list of shell lines"),
+        ("sbatch: [a]", "names with values"),
+        ("sbatch: {time: 24:00:00}", "quote it"),
+    ],
+)
+def test_submit_names_what_is_wrong_in_the_file(
+    tmp_path: Path, facts: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "recipes" / "cluster").mkdir(parents=True)
+    (tmp_path / "recipes" / "cluster" / "mine.yaml").write_text(facts)
+    monkeypatch.setattr(submit, "ROOT", tmp_path)
+    with pytest.raises(ValueError, match=words):
+        job(["sft"], {"CLUSTER": "mine"})
