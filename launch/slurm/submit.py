@@ -81,7 +81,7 @@ def _facts(cluster: str) -> dict[str, Any]:
         if not isinstance(value, list if key == "setup" else dict):
             kind = "a list of shell lines" if key == "setup" else "names with values"
             raise ValueError(f"{path}: {key} is {value!r}; write {kind}")
-    limit = found["sbatch"].get("time")
+    limit = (facts.get("sbatch") or {}).get("time")
     if limit is not None and not isinstance(limit, str):
         raise ValueError(f"{path}: time is the number {limit}: quote it, as YAML reads 24:00:00 in seconds")
     return found
