@@ -54,7 +54,7 @@ class _Group(NamedTuple):
 
     def sizes(self, piece: tuple[slice, slice], block_size: int) -> dict[str, Any]:
         # A row picks a block once, so a list holds no more than the rows of its key head.
-        tokens, heads = (part.stop - part.start for part in piece)
+        tokens, heads = (len(range(part.start, part.stop, part.step or 1)) for part in piece)
         return {"max_queries": tokens * heads // self.size, "max_keys": block_size, "causal": False}
 
 
@@ -261,10 +261,13 @@ def _groups(
     budget = max(_STAGING_FLOOR, _STAGING * q_THD.numel() * q_THD.element_size())
     most_pairs = min(budget // (rows_staged * row_bytes + 32), _MOST_ELEMENTS // head_dim)
     pairs = num_tokens * (picks_THK.shape[2] - 1)  # of a query head
-    size = _even(num_key_heads, most_pairs / (pairs * ratio))
-    # Part of the heads rather than of the tokens: the first tokens see few blocks, so few programs would work on them.
-    heads_step = size * ratio if size > 1 else _even(ratio, most_pairs / pairs)
-    tokens_step = _even(num_tokens, num_tokens * most_pairs / (pairs * heads_step))
+    # One query head each of many key heads rather than many of one: more and shorter lists keep all multiprocessors at
+    # work. And part of the heads rather than of the tokens: the first tokens see few blocks.
+    size = _even(num_key_heads, most_pairs / pairs)
+    step = _even(ratio, most_pairs / (pairs * size))  # query heads of each key head
+    if size > 1 and step < ratio:
+        step = 1  # so that a slice says which
+    tokens_step = _even(num_tokens, num_tokens * most_pairs / (pairs * size * step))
     for first in range(0, num_key_heads, size):
         key_heads = slice(first, min(first + size, num_key_heads))
         count = key_heads.stop - first
@@ -273,10 +276,13 @@ def _groups(
         )
         starts = torch.arange(count, dtype=torch.int32, device=k.device)[:, None] * num_keys + key_bounds[:-1]
         keys = torch.cat([starts.flatten(), starts.new_full((1,), count * num_keys)])
+        last = key_heads.stop * ratio
+        if count > 1 and step == 1:
+            heads = [slice(first * ratio + r, last, ratio) for r in range(ratio)]
+        else:
+            heads = [slice(h, min(h + count * step, last)) for h in range(first * ratio, last, count * step)]
         pieces = [
-            (slice(t, min(t + tokens_step, num_tokens)), slice(h, min(h + heads_step, key_heads.stop * ratio)))
-            for h in range(first * ratio, key_heads.stop * ratio, heads_step)
-            for t in range(0, num_tokens, tokens_step)
+            (slice(t, min(t + tokens_step, num_tokens)), h) for h in heads for t in range(0, num_tokens, tokens_step)
         ]
         yield _Group(k, v, keys, key_heads, count, key_bounds.shape[0] - 1, pieces)
 

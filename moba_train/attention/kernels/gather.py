@@ -56,7 +56,7 @@ def gather(
         q_THD.stride(1),
         other.stride(0),
         other.stride(1),
-        scalar.stride(0),
+        *(scalar.stride()[:2]),
         H=q_THD.shape[1],
         K=top_k,
         D=head_dim,
@@ -101,7 +101,7 @@ def merge_parts(out_THD: Tensor, lse_TH: Tensor, parts_PD: Tensor, part_lse_P: T
         rows,
         out_THD.stride(0),
         out_THD.stride(1),
-        lse_TH.stride(0),
+        *lse_TH.stride(),
         H=num_heads,
         SLOTS=slots,
         SP=max(2, power_of_two(slots)),
@@ -152,6 +152,7 @@ def _gather_kernel(
     stride_ot,
     stride_oh,
     stride_lt,
+    stride_lh,
     H: tl.constexpr,
     K: tl.constexpr,
     D: tl.constexpr,
@@ -178,7 +179,7 @@ def _gather_kernel(
     if BACKWARD:
         at = t[:, None] * stride_ot + h[:, None] * stride_oh + dim[None, :]
         tl.store(to_dout_ptr + to, tl.load(dout_ptr + at, mask=inside, other=0.0), mask=there)
-        at = t * stride_lt + h
+        at = t * stride_lt + h * stride_lh
         tl.store(to_lse_ptr + place, tl.load(lse_ptr + at, mask=live, other=0.0), mask=place < num_pairs)
         tl.store(to_delta_ptr + place, -tl.load(delta_ptr + at, mask=live, other=0.0), mask=place < num_pairs)
 
@@ -225,6 +226,7 @@ def _merge_kernel(
     stride_ot,
     stride_oh,
     stride_lt,
+    stride_lh,
     H: tl.constexpr,
     SLOTS: tl.constexpr,
     SP: tl.constexpr,
@@ -240,7 +242,7 @@ def _merge_kernel(
     h = row % H
     dim = tl.arange(0, DP)
     inside = live[:, None] & (dim < D)[None, :]
-    lse_at = lse_ptr + t * stride_lt + h
+    lse_at = lse_ptr + t * stride_lt + h * stride_lh
     out_at = out_ptr + t[:, None] * stride_ot + h[:, None] * stride_oh + dim[None, :]
     own = tl.load(lse_at, mask=live, other=float("-inf")) * _LOG2E
     slot = tl.arange(0, SP)
