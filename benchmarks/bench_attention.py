@@ -46,6 +46,7 @@ from torch.profiler import ProfilerActivity, profile
 
 _LIMIT = 3.0  # of an error, in multiples of same-dtype torch's
 _FORWARD_ONLY = 1024 * K  # from here on dense backward takes a minute
+_LONGEST = {"FlashAttention 2": 256 * K}  # half as fast as the others at every length: a minute for nothing
 _TFLOPS = 450e12  # for guesses of how long a row takes
 
 
@@ -158,7 +159,7 @@ class Bench:
         return [head + "\n".join(lines.values()) + "\n```"] if lines else []
 
     def _kernels(self, name: str, length: int) -> list[str]:
-        dense = [k for k in self.options.dense if length <= self.options.dense_to]
+        dense = [k for k in self.options.dense if length <= min(self.options.dense_to, _LONGEST.get(k, length))]
         deterministic = [f"{k} deterministic" for k in ("triton", "flash") if length in self.options.deterministic]
         moba = [k for k in (*MOBA, *deterministic) if k.partition(" ")[0] in self.moba[name]]
         graphs = [k + GRAPH for k in dense + moba if length in self.options.graphs and k not in deterministic]
