@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import itertools
 import json
 import os
@@ -272,6 +273,7 @@ def _measure(
     q, k, v = inputs(length, setting)
     dout = torch.randn_like(q)
     if graph:
+        gc.collect()  # an earlier row's graph, freed while this one records, would spoil the recording
         attend = torch.cuda.make_graphed_callables(attend, (q, k, v))
 
     def step() -> tuple[float, float]:

@@ -36,24 +36,24 @@ class Measured(NamedTuple):
 # Source: benchmarks/results/attention_h200_2026-11-23.md, its rows of head dim 128. Other GPUs borrow the table: an
 # H100, whose memory is slower, may lose some percent with `mixed` at (512, 128K).
 MEASURED: tuple[Measured, ...] = (
-    Measured(128, 8192, 1.3, 1.4, 2.0, 3.4),
-    Measured(128, 32768, 2.7, 3.6, 4.8, 15.2),
-    Measured(128, 131072, 12.6, 14.1, 20.2, 26.3),
-    Measured(128, 524288, 90.2, 58.0, 122.0, 103.2),
-    Measured(512, 8192, 2.6, 6.0, 4.9, 10.8),
-    Measured(512, 32768, 9.8, 28.1, 10.8, 25.0),
-    Measured(512, 131072, 42.1, 119.4, 52.1, 86.1),
-    Measured(512, 524288, 207.3, 486.7, 247.6, 354.0),
-    Measured(4096, 65536, 59.8, 285.3, 56.4, 144.0),
-    Measured(4096, 131072, 158.5, 720.1, 144.7, 381.7),
-    Measured(4096, 262144, 355.4, 1593.6, 316.8, 821.3),
-    Measured(4096, 524288, 756.1, 3384.6, 676.9, 1705.7),
-    Measured(4096, 1048576, 1575.7, 7007.1, 1429.2, 3547.8),
+    Measured(128, 8192, 1.2, 1.4, 3.2, 6.6),
+    Measured(128, 32768, 2.7, 3.6, 6.3, 20.1),
+    Measured(128, 131072, 12.7, 14.1, 20.2, 26.2),
+    Measured(128, 524288, 90.5, 57.9, 122.2, 102.8),
+    Measured(512, 8192, 3.7, 6.5, 7.2, 12.8),
+    Measured(512, 32768, 10.0, 27.9, 12.8, 22.1),
+    Measured(512, 131072, 42.3, 118.4, 55.2, 87.3),
+    Measured(512, 524288, 205.3, 487.5, 247.6, 354.7),
+    Measured(4096, 65536, 60.1, 286.5, 57.3, 145.6),
+    Measured(4096, 131072, 155.7, 717.1, 144.3, 368.9),
+    Measured(4096, 262144, 348.4, 1587.0, 315.8, 811.5),
+    Measured(4096, 524288, 744.4, 3372.3, 672.1, 1689.0),
+    Measured(4096, 1048576, 1554.2, 6978.2, 1410.6, 3496.1),
 )
 
 
 # Up to here, decoding and chunks of a prefill, Triton's forward is the fastest in every setting (that page's tables of
-# serving, whole at commit a1acbef). A context rank with so few rows is trained with it too, which was not timed.
+# serving). A context rank with so few rows is trained with it too, which was not timed.
 FEW_QUERIES = 2048
 
 

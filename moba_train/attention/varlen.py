@@ -2,8 +2,9 @@
 
 A varlen kernel takes neighbouring groups of query rows and of key rows, one group of each a *sequence*, causal from the
 bottom right. A run of queries (`SequenceInfo.runs`, `own_runs`) is one sequence. Keys between the runs belong to
-sequences without queries, so that key groups cover every row. Runs that read the same keys, as those of a zigzag shard
-do, go to different calls; a whole batch is one call.
+sequences without queries, so that key groups cover every row; long ones are cut, since a library keeps memory for every
+sequence as if it were the longest. Runs that read the same keys, as those of a zigzag shard do, go to different calls;
+a whole batch is one call.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class VarlenCall(NamedTuple):
     rows: Tensor  # int64, empty where the queries are neighbours
     first: int
     last: int
-    max_queries: int  # of any sequence
+    max_queries: int  # of the longest sequence, with queries or without
     max_keys: int
     causal: bool
 
@@ -79,16 +80,20 @@ def _causal(run: DenseRun) -> bool:
 
 def _call(runs: list[DenseRun], num_held: int, device: torch.device) -> VarlenCall:
     queries, keys, rows = [0], [0], []
-    for run in runs:
-        if run.k_start > keys[-1]:
+    # No less than makes about as many sequences without queries as with: a run may be of one key.
+    max_keys = max(-(-num_held // (len(runs) + 1)), *(run.k_end - run.k_start for run in runs))
+
+    def skip(end: int) -> None:
+        while keys[-1] < end:
             queries.append(queries[-1])
-            keys.append(run.k_start)
+            keys.append(min(keys[-1] + max_keys, end))
+
+    for run in runs:
+        skip(run.k_start)
         queries.append(queries[-1] + run.q_end - run.q_start)
         keys.append(run.k_end)
         rows.append(torch.arange(run.q_start, run.q_end))
-    if keys[-1] < num_held:
-        queries.append(queries[-1])
-        keys.append(num_held)
+    skip(num_held)
     first, last = runs[0].q_start, runs[-1].q_end
     neighbours = last - first == queries[-1]
     return VarlenCall(
@@ -98,6 +103,6 @@ def _call(runs: list[DenseRun], num_held: int, device: torch.device) -> VarlenCa
         first=first,
         last=last,
         max_queries=max(run.q_end - run.q_start for run in runs),
-        max_keys=max(run.k_end - run.k_start for run in runs),
+        max_keys=max_keys,
         causal=_causal(runs[0]),
     )

@@ -148,8 +148,10 @@ def _sequences(queries, keys, max_queries, max_keys):
     bounds = zip(pairwise(queries), pairwise(keys), strict=True)
     for (first, last), (key, key_end) in bounds:
         assert 0 <= last - first <= max_queries
+        # Without queries too: deterministic, the library counts the tiles of every sequence in memory of this length.
+        assert 0 <= key_end - key <= max_keys
         if last > first:
-            assert 0 < key_end - key <= max_keys, "a sequence with queries has keys"
+            assert key_end > key, "a sequence with queries has keys"
             yield slice(int(first), int(last)), slice(int(key), int(key_end))
 
 
