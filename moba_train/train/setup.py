@@ -248,7 +248,7 @@ def _build_data(config: RunConfig, steps: int) -> PretrainData | SftData:
 
 def _shared_folder(config: RunConfig) -> Path:
     """The run folder, chosen by rank 0 and told to all ranks; ConfigError where it cannot be made after all."""
-    folder = [config.run.dir or f"runs/{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"]
+    folder = [config.run.dir or (_new_folder(config.recipe) if dist.get_rank() == 0 else "")]
     dist.broadcast_object_list(folder)
     path = Path(folder[0]).absolute()
     try:
@@ -256,3 +256,18 @@ def _shared_folder(config: RunConfig) -> Path:
     except OSError as error:
         raise ConfigError("run.dir", str(path), f"cannot be made ({error.strerror}); choose another") from None
     return path
+
+
+def _new_folder(recipe: str) -> str:
+    """A folder below runs/ that no run has, made; its name alone where it cannot be made."""
+    name = folder = f"runs/{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
+    number = 1
+    while True:
+        try:
+            Path(folder).mkdir(parents=True)
+        except OSError:
+            if Path(folder).is_dir():  # of a run begun in the same second
+                number += 1
+                folder = f"{name}-{number}"
+                continue
+        return folder

@@ -1,8 +1,9 @@
-"""What a machine with GPUs is refused before any process group: tests of what needs none are in tests/launch."""
+"""Set-up: what a machine with GPUs is refused, and the run folder; refusals that any machine gives: tests/launch."""
 
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -33,3 +34,17 @@ def test_backends_on_a_gpu(attention: dict, config: dict, name: str, said: str |
         return
     with pytest.raises(ConfigError, match=said):
         setup._check_backend(run, "attention.backend", name, on_gpu=True)
+
+
+def test_runs_begun_in_one_second_have_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(setup.time, "strftime", lambda _: "20261231-235959")
+    folders = [setup._new_folder("tiny") for _ in range(3)]
+    assert folders == [f"runs/tiny-20261231-235959{end}" for end in ("", "-2", "-3")]
+    assert all(Path(folder).is_dir() for folder in folders)
+
+
+def test_a_folder_that_cannot_be_made_is_left_to_all_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("runs").touch()  # a file
+    assert not Path(setup._new_folder("tiny")).exists()
