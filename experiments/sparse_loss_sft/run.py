@@ -17,6 +17,7 @@ import dataclasses
 import itertools
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -171,9 +172,17 @@ def train(args: argparse.Namespace, out: Path) -> dict[str, Any]:
         "depth": depth,
         "characters": setting.characters,
         "pretrain_steps": (args.pretrain_steps or setting.pretrain_steps) if name == OWN else 0,
-        "environment": environment(setting.packages, tuning, args.quick),
+        "environment": environment(setting.packages, tuning, args.quick, _other_data(args, setting.packages)),
         "arms": [dataclasses.asdict(read_arm(each.folder, *key)) for key, each in trainings.items()],
     }
+
+
+def _other_data(args: argparse.Namespace, packages: Sequence[str]) -> str | None:
+    """For the page: the data, where the small model was pretrained on another folder than the questions' sources."""
+    if args.hf or not args.data:
+        return None
+    sources = ", ".join(packages) or "the standard library"
+    return f"questions on the Python sources of {sources}, pretraining on the folder {Path(args.data).name}"
 
 
 def _arguments() -> argparse.Namespace:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import dataclasses
 import json
@@ -14,7 +15,7 @@ import pytest
 
 from experiments.sparse_loss_sft import build
 from experiments.sparse_loss_sft.page import Arm, has_gap, mean_losses, publish, rank_correlation
-from experiments.sparse_loss_sft.run import _doublings
+from experiments.sparse_loss_sft.run import _doublings, _other_data
 
 SOURCE = '''
 LIMIT = 0x10
@@ -168,6 +169,20 @@ def test_a_gap_within_chance_is_none() -> None:
 def test_full_layers_that_are_tried() -> None:
     assert _doublings(4) == [0, 1, 2, 4]
     assert _doublings(30) == [0, 1, 2, 4, 8, 15, 30]
+
+
+@pytest.mark.parametrize(
+    "hf, data, packages, said",
+    [
+        (None, None, ["numpy"], None),
+        ("SmolLM2", "/home/a/books", ["numpy"], None),  # nothing is pretrained
+        (None, "/home/a/books", ["torch", "numpy"], "of torch, numpy, pretraining on the folder books"),
+        (None, "/home/a/books", [], "of the standard library, pretraining on the folder books"),
+    ],
+)
+def test_the_page_names_another_folder(hf: str | None, data: str | None, packages: list[str], said: str | None) -> None:
+    words = _other_data(argparse.Namespace(hf=hf, data=data), packages)
+    assert words is said is None or (words is not None and said is not None and words.endswith(said))
 
 
 def test_ranks_are_correlated() -> None:
