@@ -182,7 +182,7 @@ def test_full_layers_that_are_tried() -> None:
 )
 def test_the_page_names_another_folder(hf: str | None, data: str | None, packages: list[str], said: str | None) -> None:
     words = _other_data(argparse.Namespace(hf=hf, data=data), packages)
-    assert words is said is None or (words is not None and said is not None and words.endswith(said))
+    assert words is None if said is None else words.endswith(said)
 
 
 def test_ranks_are_correlated() -> None:
