@@ -315,7 +315,8 @@ def _in_place(call: VarlenCall, tensor: Tensor) -> Tensor | None:
 
 def _total(grads: list[tuple[Tensor, Tensor]], k_SGD: Tensor) -> tuple[Tensor, Tensor]:
     if len(grads) == 1:
-        return grads[0]
+        dk_SGD, dv_SGD = grads[0]
+        return dk_SGD.contiguous(), dv_SGD.contiguous()  # the library's have k's strides, which may be permuted
     dk_SGD, dv_SGD = (torch.zeros(k_SGD.shape, dtype=torch.float32, device=k_SGD.device) for _ in range(2))
     for dk, dv in grads:
         dk_SGD += dk

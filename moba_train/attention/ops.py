@@ -23,7 +23,14 @@ from torch import Tensor
 from moba_train.attention import choice, flash_library, fused, gate
 from moba_train.attention.sequence import SequenceInfo
 
-__all__ = ["convolve_keys", "full_attention", "moba_attention", "select_blocks", "select_from_means"]
+__all__ = [
+    "LARGEST_HEAD_DIM_ON_GPU",
+    "convolve_keys",
+    "full_attention",
+    "moba_attention",
+    "select_blocks",
+    "select_from_means",
+]
 
 _Gate = Callable[..., Tensor]
 _Attention = Callable[..., tuple[Tensor, Tensor]]
@@ -69,6 +76,7 @@ _AUTO: dict[str, dict[str, tuple[str, ...]]] = {
 }
 _SLOW_ON_GPU = ("reference", "portable")  # these alone compute fp64 there
 _ATOMICS_ON_GPU = ("reference", "portable", "sdpa")  # their gradients may differ from run to run there
+LARGEST_HEAD_DIM_ON_GPU = 256  # of any kernel there
 _NAMES = ("auto", "reference", "portable", "sdpa", "triton", "flash", "mixed")
 _logged: set[tuple[str, str, torch.device, torch.dtype]] = set()
 
@@ -317,7 +325,9 @@ def _choose(op: str, backend: str, q_THD: Tensor, *, first: str | None = None, a
 
 
 def _serves(name: str, q_THD: Tensor) -> bool:
-    return name not in ("flash", "mixed") or flash_library.refusal(q_THD) is None
+    if name in ("flash", "mixed"):
+        return flash_library.refusal(q_THD) is None
+    return name in _SLOW_ON_GPU or q_THD.device.type == "cpu" or q_THD.shape[2] <= LARGEST_HEAD_DIM_ON_GPU
 
 
 def _log_choice(op: str, name: str, q_THD: Tensor) -> None:

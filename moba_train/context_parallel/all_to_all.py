@@ -41,17 +41,18 @@ def attend_all_to_all(
     seq_all_rows: SequenceInfo,
     *,
     overlap: bool = True,
+    one_by_one: bool = True,
     picks: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """`op` of some heads over the rows of all ranks of `group`, brought back to this rank's rows: (out_tHD, lse_tH).
 
-    `seq_all_rows` describes those rows; `layout` says how the ranks share them. Raises ValueError when the heads
-    cannot be dealt to the ranks.
+    `seq_all_rows` describes those rows; `layout` says how the ranks share them. `one_by_one`: the op sees one key head
+    at a time, which overlap needs. Raises ValueError when the heads cannot be dealt to the ranks.
     """
     num_ranks, num_heads, num_key_heads = group.size(), q_tHD.shape[1], k_tGD.shape[1]
     check_heads(num_ranks, num_heads, num_key_heads)
-    num_slices = max(1, num_key_heads // num_ranks) if overlap else 1
+    num_slices = max(1, num_key_heads // num_ranks) if one_by_one else 1
     differentiate = torch.is_grad_enabled() and any(x.requires_grad for x in (q_tHD, k_tGD, v_tGD))
     call = _Call(op, group, layout, seq_all_rows, num_slices, options, overlap, differentiate)
     return _AllToAllAttention.apply(call, q_tHD, k_tGD, v_tGD, picks)

@@ -83,7 +83,7 @@ def _context_bytes(config: RunConfig, width: int) -> int:
                 key_heads=key_heads,
                 head_dim=model.head_dim,
                 element_size=width,
-                overlap=parallel.context_overlap,
+                overlap=True,  # one key head at a time, whether the next one travels meanwhile or not
             )
         )
         heads, key_heads = max(1, heads // max(inner, key_heads)), 1

@@ -22,6 +22,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from moba_train import device as devices
 from moba_train.attention import flash_library
+from moba_train.attention.ops import LARGEST_HEAD_DIM_ON_GPU
 from moba_train.config.schema import ConfigError, RunConfig
 from moba_train.config.stages import Stage, stages_of
 from moba_train.config.validate import min_world_size, validate
@@ -153,6 +154,9 @@ def _check_backend(config: RunConfig, key: str, name: str, on_gpu: bool) -> None
     kernels = name in ("triton", "flash", "mixed")
     if kernels and not on_gpu and "TRITON_INTERPRET" not in os.environ:
         raise ConfigError(key, name, "needs a CUDA GPU and there is none here; choose auto")
+    if on_gpu and name in ("triton", "sdpa") and config.model.head_dim > LARGEST_HEAD_DIM_ON_GPU:
+        most = f"takes head dims up to {LARGEST_HEAD_DIM_ON_GPU} on a GPU, got {config.model.head_dim}"
+        raise ConfigError(key, name, f"{most}; choose auto, which warns that another is slow")
     if name in ("flash", "mixed"):
         dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
         gpu = torch.cuda.get_device_capability(0)[0] if torch.cuda.is_available() else None

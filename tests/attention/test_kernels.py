@@ -237,12 +237,15 @@ def test_forward_and_backward_record_into_a_cuda_graph(backend: str) -> None:
         assert_same_but_for_order(got, want)
 
 
-def test_compiled_model_gives_the_same(backend: str) -> None:
+@pytest.mark.parametrize("permuted", [False, True], ids=["dense", "permuted"])
+def test_compiled_model_gives_the_same(backend: str, permuted: bool) -> None:
     case = SHAPES[0]
     inputs = case.inputs(torch.bfloat16, "cuda")
     seq, sizes = case.sequence(), case.routing
 
     def layer(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if permuted:
+            q, k, v = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k, v))
         out, lse = moba_attention(q * 2, k, v, seq, **sizes, backend=backend)
         return out + 1, lse
 

@@ -27,6 +27,7 @@ from moba_train.attention import (
     select_blocks,
 )
 from moba_train.attention.gate import block_means, block_sums
+from tests.helpers import flash_stand_in as stand_in
 from tests.helpers.cases import CASES_BY_NAME, Case, Inputs, Result, run_op
 from tests.helpers.tolerance import assert_close, assert_low_precision
 
@@ -103,56 +104,9 @@ def flash_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """FlashAttention's varlen contract in plain torch, in the dtype of its inputs."""
     from moba_train.attention import flash_library
 
-    def forward(q, k, v, queries, keys, *, max_queries, max_keys, causal, scale, out_PHD=None):
-        out = torch.full_like(q, torch.nan) if out_PHD is None else out_PHD
-        lse = q.new_full((q.shape[1], q.shape[0]), torch.nan)
-        for rows, columns in _sequences(queries, keys, max_queries, max_keys):
-            q_LHD, k_ZGD, v_ZGD = q[rows], k[columns], v[columns]
-            mask = torch.ones(len(q_LHD), len(k_ZGD), dtype=torch.bool)
-            mask = mask.tril(len(k_ZGD) - len(q_LHD)) if causal else mask
-            mask_LHZ = mask[:, None].expand(-1, q.shape[1], -1)
-            out[rows], part_lse = reference.masked_attention(q_LHD, k_ZGD, v_ZGD, mask_LHZ, scale)
-            lse[:, rows] = part_lse.T
-        return out, lse
-
-    def backward(
-        dout, dlse, q, k, v, out, lse, queries, keys, *, causal, scale, deterministic,
-        dq_PHD=None, dk_SGD=None, dv_SGD=None, **sizes,
-    ):  # fmt: skip
-        assert out is not None or q.shape[1] == 1
-        out = torch.zeros_like(q) if out is None else out
-        dq = torch.full_like(q, torch.nan) if dq_PHD is None else dq_PHD
-        dk, dv = (torch.zeros_like(x) if given is None else given.zero_() for x, given in ((k, dk_SGD), (v, dv_SGD)))
-        ratio = q.shape[1] // k.shape[1]
-        for rows, columns in _sequences(queries, keys, **sizes):
-            k_ZHD, v_ZHD = (x[columns].repeat_interleave(ratio, 1) for x in (k, v))
-            scores = torch.einsum("lhd,zhd->hlz", q[rows], k_ZHD) * scale
-            if causal:
-                seen = torch.ones(scores.shape[1:], dtype=torch.bool).tril(scores.shape[2] - scores.shape[1])
-                scores = scores.masked_fill(~seen, -torch.inf)
-            weights = (scores - lse[:, rows, None]).exp()
-            delta = (dout[rows] * out[rows]).sum(-1).T - (0 if dlse is None else dlse[:, rows])
-            ds = weights * (torch.einsum("lhd,zhd->hlz", dout[rows], v_ZHD) - delta[..., None]) * scale
-            for total, part in ((dk, (ds, q[rows])), (dv, (weights, dout[rows]))):
-                total[columns] = torch.einsum("hlz,lhd->zhd", *part).unflatten(1, (-1, ratio)).sum(2)
-            dq[rows] = torch.einsum("hlz,zhd->lhd", ds, k_ZHD)  # last: it may be q's memory
-        return dq, dk, dv
-
     monkeypatch.setattr(flash_library, "refusal", lambda q_THD: None)
-    monkeypatch.setattr(flash_library, "forward", forward)
-    monkeypatch.setattr(flash_library, "backward", backward)
-
-
-def _sequences(queries, keys, max_queries, max_keys):
-    assert queries[0] == keys[0] == 0
-    bounds = zip(pairwise(queries), pairwise(keys), strict=True)
-    for (first, last), (key, key_end) in bounds:
-        assert 0 <= last - first <= max_queries
-        # Without queries too: deterministic, the library counts the tiles of every sequence in memory of this length.
-        assert 0 <= key_end - key <= max_keys
-        if last > first:
-            assert key_end > key, "a sequence with queries has keys"
-            yield slice(int(first), int(last)), slice(int(key), int(key_end))
+    monkeypatch.setattr(flash_library, "forward", stand_in.forward)
+    monkeypatch.setattr(flash_library, "backward", stand_in.backward)
 
 
 def _attend(case: Case, picks: torch.Tensor, **options):
@@ -395,3 +349,34 @@ def test_rows_are_padded_as_the_library_reads_them() -> None:
         expected[1, first : first + end - start] = -minus_delta[start:end]
     expected[0][expected[0] == -torch.inf] = 0.0
     torch.testing.assert_close(torch.stack([to_lse2, to_delta]), expected, equal_nan=True)
+
+
+@interpreted
+@pytest.mark.parametrize("sparse", [True, False], ids=["moba", "full"])
+def test_flash_gradients_of_permuted_keys_are_dense(sparse: bool, flash_stand_in: None) -> None:
+    """The library's have the strides of k and v; a compiled model is promised dense ones."""
+    case = CASES_BY_NAME["gqa-odd-group"]
+    seq, inputs = case.sequence(), case.inputs(torch.float32)
+    q, *keys = (x.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_() for x in inputs[:3])
+    assert not keys[0].is_contiguous()
+    op = partial(moba_attention, picks=_picks(case, inputs), **case.routing) if sparse else full_attention
+    out, _ = op(q, *keys, seq, backend="flash")
+    assert all(grad.is_contiguous() for grad in torch.autograd.grad(out, (q, *keys), inputs.dout_THD))
+
+
+@interpreted
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_pairs_that_one_id_cannot_tell_apart_go_group_by_group(
+    deterministic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moba_train.attention.kernels import routing
+
+    case = CASES_BY_NAME["mha"]
+    inputs = case.inputs(torch.float32)
+    picks = _picks(case, inputs)
+    attend = _attend(case, picks, deterministic=deterministic)
+    expected = run_op(attend, inputs)
+    monkeypatch.setattr(routing, "_MOST_IDS", 2 * picks.shape[0] * picks.shape[2] + 1)
+    assert routing.head_groups(picks, case.key_heads) == [slice(0, 2), slice(2, 3)]
+    for field, got, want in zip(Result._fields, run_op(attend, inputs), expected, strict=True):
+        assert_close(got, want, torch.float32, field)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moba_train.attention.kernels.pairs import LOG2E
 from moba_train.attention.kernels.query_gradient import launch_query_gradient
-from moba_train.attention.kernels.routing import PairLists, route
+from moba_train.attention.kernels.routing import PairLists, head_groups, route
 from moba_train.attention.kernels.tiles import backward_tiles, ceil_div, padded_dim
 
 __all__ = ["launch_backward"]
@@ -52,6 +52,21 @@ def launch_backward(
     dv_SGD = torch.zeros_like(dk_SGD)
     if num_tokens == 0 or num_keys == 0:
         return torch.zeros_like(q_THD, memory_format=torch.contiguous_format), dk_SGD, dv_SGD
+    groups = head_groups(picks_THK, num_kv_heads)
+    if len(groups) > 1:
+        parts = []
+        for group in groups:
+            heads = slice(group.start * ratio, group.stop * ratio)
+            dlse, lse = (None if x is None else x[:, heads].contiguous() for x in (dlse_TH, lse_TH))
+            parts.append(
+                launch_backward(
+                    dout_THD[:, heads], dlse, q_THD[:, heads], k_SGD[:, group], v_SGD[:, group], out_THD[:, heads], lse,
+                    picks_THK[:, heads], key_start_N, key_end_N, query_start_N, query_end_N, limit_T, block_size,
+                    granularity, scale, deterministic,
+                )
+            )  # fmt: skip
+        dq_THD, dk_SGD, dv_SGD = (torch.cat(grads, 1) for grads in zip(*parts, strict=True))
+        return dq_THD, dk_SGD, dv_SGD
     lse2_TH, delta_TH = row_terms(dout_THD, dlse_TH, out_THD, lse_TH)
     if top_k > 1:
         lists = route(picks_THK, num_kv_heads, num_blocks, deterministic=deterministic)

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from moba_train.attention.kernels.gather import merge_parts
 from moba_train.attention.kernels.pairs import LOG2E, absorb, attend_pairs, load_keys
-from moba_train.attention.kernels.routing import launch_tile_map
-from moba_train.attention.kernels.tiles import ceil_div, key_argument, own_tiles, padded_dim, uses_tma
+from moba_train.attention.kernels.routing import head_groups, launch_tile_map
+from moba_train.attention.kernels.tiles import key_argument, own_tiles, padded_dim, uses_tma
 
 __all__ = ["launch_forward", "slices"]
 
@@ -99,17 +99,13 @@ def launch_forward(
 
 
 def slices(q_THD: Tensor, picks_THK: Tensor, num_kv_heads: int) -> list[slice]:
-    """Groups of key heads whose staged results fit the budget, and whose pair ids fit 31 bits."""
+    """Groups of key heads whose staged results fit the budget, and whose pairs can be told apart."""
     num_tokens, num_heads, head_dim = q_THD.shape
     top_k = picks_THK.shape[2]
     ratio = num_heads // num_kv_heads
     budget = max(_STAGING_FLOOR, _STAGING * q_THD.numel() * q_THD.element_size())
     per_group = num_tokens * ratio * (top_k - 1) * (head_dim * q_THD.element_size() + 4)
-    count = max(1, min(num_kv_heads, int(budget // max(1, per_group))))
-    while count > 1 and num_tokens * ratio * count * top_k >= 2**31:
-        count -= 1
-    count = ceil_div(num_kv_heads, ceil_div(num_kv_heads, count))
-    return [slice(g, min(g + count, num_kv_heads)) for g in range(0, num_kv_heads, count)]
+    return head_groups(picks_THK, num_kv_heads, int(budget // max(1, per_group)))
 
 
 @triton.jit

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from moba_train.attention.kernels.tiles import ceil_div, power_of_two
 
-__all__ = ["PairLists", "launch_tile_map", "route"]
+__all__ = ["PairLists", "head_groups", "launch_tile_map", "route"]
 
 _FEW_SEGMENTS, _MANY_SEGMENTS = 1 << 21, 1 << 26
+_MOST_IDS = 2**31  # a pair's id is an int32
 
 
 class PairLists(NamedTuple):
@@ -32,6 +33,23 @@ class PairLists(NamedTuple):
     stride: int
     num_lists: int
     places: Tensor | None = None  # [T * H * (K - 1)]: where each (row, slot) is in `pairs`, -1 for no pick
+
+
+def head_groups(picks_THK: Tensor, num_kv_heads: int, most: int | None = None) -> list[slice]:
+    """Key heads in groups of about one size, of at most `most`, whose pairs can be told apart.
+
+    Raises ValueError where those of a single key head cannot.
+    """
+    num_tokens, num_heads, top_k = picks_THK.shape
+    ids = num_tokens * (num_heads // num_kv_heads) * top_k  # of a key head
+    if ids >= _MOST_IDS:
+        raise ValueError(
+            f"{num_tokens} queries of {num_heads // num_kv_heads} heads a key head, times top_k={top_k}, are more "
+            "pairs than 32 bits count: share the context among more ranks, or take a smaller top_k"
+        )
+    count = min(num_kv_heads, num_kv_heads if most is None else max(1, most), (_MOST_IDS - 1) // max(1, ids))
+    count = ceil_div(num_kv_heads, ceil_div(num_kv_heads, count))
+    return [slice(g, min(g + count, num_kv_heads)) for g in range(0, num_kv_heads, count)]
 
 
 def route(
