@@ -180,7 +180,8 @@ def moba_attention(
         softmax_scale: default 1 / sqrt(D).
         force_first_block, force_previous_block, share_picks_in_group: how blocks are selected, as in `select_blocks`.
         picks: int32 [T, H, K] as `select_blocks` returns them, whatever the options above; default: selected here.
-            Required with `k_positions`. A block twice in one row would count twice.
+            Required with `k_positions`. No block may be twice in a row: not checked, it would count twice, and the
+            lists of `flash` could outgrow what its library is told.
         backend: "auto", "reference", "portable", "triton", "flash" or "mixed" (triton forward, flash backward).
         deterministic: gradients bitwise equal from run to run, at some cost; None asks
             `torch.use_deterministic_algorithms`. On a GPU the kernels alone can.
