@@ -13,19 +13,19 @@ training text is, without a beginning token; --special-tokens adds what the toke
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 
 from moba_train.config.arguments import argument_parser
 from moba_train.config.compose import told
+from moba_train.config.schema import ConfigError
 
 
 def main() -> int:
     args = parse_arguments()
-    if args.prompt is None:
-        if sys.stdin.isatty():
-            print("Reading the prompt from the terminal; end it with Ctrl-D.", file=sys.stderr)
-        args.prompt = sys.stdin.read()
+    if wrong := told(lambda: take_prompt(args)):
+        return wrong
     # Not before the arguments are read: --help needs no torch.
     from moba_train import device
 
@@ -38,6 +38,19 @@ def main() -> int:
     except BrokenPipeError:  # the reader had enough; nothing more can be written, at exit neither
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def take_prompt(args: argparse.Namespace) -> int:
+    """The prompt from the option or standard input, into `args`; ConfigError where it is not UTF-8."""
+    try:
+        if args.prompt is None:
+            if sys.stdin.isatty():
+                print("Reading the prompt from the terminal; end it with Ctrl-D.", file=sys.stderr)
+            args.prompt = io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8").read()
+        args.prompt.encode()
+    except UnicodeError as error:
+        raise ConfigError("--prompt", ascii(args.prompt), f"is not UTF-8 text ({error})") from None
+    return 0
 
 
 def parse_arguments() -> argparse.Namespace:

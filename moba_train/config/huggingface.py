@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,7 +94,7 @@ def parse_config(values: Mapping[str, Any], name: str, key: str) -> ModelConfig:
     """The model that config.json's fields describe, called `name`. ConfigError (about `key`, or key.field) where it
     is of an unknown family or asks for something that is not built here."""
     model_type = values.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         known = ", ".join(f"{kind} ({family.architecture})" for kind, family in FAMILIES.items())
         raise ConfigError(f"{key}: model_type", model_type, f"this family is not known; known are {known}")
     family = FAMILIES[model_type]
@@ -226,6 +227,8 @@ def _refuse_sliding_window(values: Mapping[str, Any], family: Family, key: str) 
     window, longest = merged.get("sliding_window"), merged["max_position_embeddings"]
     remedy = "sliding-window attention is not built here: choose a checkpoint without it"
     kinds = values.get("layer_types") or []
+    if not isinstance(kinds, list):
+        raise ConfigError(f"{key}: layer_types", kinds, "must be a list of the layers' kinds; fetch config.json again")
     if any(kind != "full_attention" for kind in kinds):
         raise ConfigError(f"{key}: layer_types", sorted(set(kinds)), remedy)
     if window is None or window >= longest or not merged.get("use_sliding_window", True) or kinds:
@@ -248,10 +251,14 @@ def _parse_rope(values: Mapping[str, Any], key: str) -> tuple[float, dict[str, A
     if new and old and new != old:
         raise ConfigError(f"{key}: rope_scaling", old, f"rope_parameters={new} is there too; keep one of them")
     where = "rope_parameters" if new else "rope_scaling"
+    if not isinstance(new or old, dict):
+        raise ConfigError(f"{key}: {where}", new or old, "must be a group of fields; fetch config.json again")
     fields = dict(new or old)
     kind = fields.pop("rope_type", None) or fields.get("type") or "default"
     fields.pop("type", None)
     base = fields.pop("rope_theta", None) or values.get("rope_theta") or 10000.0
+    if not isinstance(base, int | float) or not 0 < base < math.inf:
+        raise ConfigError(f"{key}: rope_theta", base, "must be a positive number; fetch config.json again")
     if kind not in ROPE_FIELDS:
         raise ConfigError(f"{key}: {where}", kind, f"rope type not known; known are {', '.join(ROPE_FIELDS)}")
     needed, optional = ROPE_FIELDS[kind]

@@ -87,8 +87,8 @@ def wrap(
             seq = with_rows(seq, queries=None if group is None else across.chunks[outer_rank], keys=None)
             inside = rows.inside(inner_size, outer_rank)
             # Without overlap too, where the strategy across gathers: its memory is bounded by the heads it is given.
-            slicing = {"overlap": overlap, "one_by_one": overlap or group is not None}
-            attend = partial(attend_all_to_all, attend, inner_group, inside, **slicing)
+            one_by_one = overlap or group is not None
+            attend = partial(attend_all_to_all, attend, inner_group, inside, overlap=overlap, one_by_one=one_by_one)
         return attend(q_tHD, k_tGD, v_tGD, seq, **options)
 
     return context_parallel_op

@@ -130,13 +130,15 @@ def _sharegpt(value: Any) -> list[dict[str, Any]]:
         if not isinstance(message, dict):
             raise _BrokenRow(f"{place} must be an object with from and value, not {type(message).__name__}")
         speaker = message.get("from")
-        if speaker not in _SHAREGPT_ROLES:
+        if not isinstance(speaker, str) or speaker not in _SHAREGPT_ROLES:
             raise _BrokenRow(f"{place} is from {speaker!r}, not one of {', '.join(_SHAREGPT_ROLES)}")
         messages.append({"role": _SHAREGPT_ROLES[speaker], "content": _text(message.get("value"), f"{place}.value")})
     return messages
 
 
 def _side(value: Any, where: str, role: str) -> list[dict[str, Any]]:
+    if not isinstance(value, str | list):
+        raise _BrokenRow(f"{where} must be text or a list of messages, not {type(value).__name__}")
     return [{"role": role, "content": value}] if isinstance(value, str) else _messages(value, where)
 
 

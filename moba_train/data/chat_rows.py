@@ -92,7 +92,10 @@ def tokenised_rows(
             _wait_for(folder, timeout_s)
     rows = _open(folder)
     if not len(rows):
-        what = f"none of its {rows.without_loss} rows has an assistant turn" if rows.without_loss else "it has no rows"
+        what = "it has no rows"
+        if rows.without_loss:
+            template = f"or {tokenizer.source} chat template writes none"
+            what = f"none of its {rows.without_loss} rows has an assistant turn with text, {template}"
         raise ConfigError(key, path, f"{what}; give chat rows as data/README.md describes")
     return rows
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -56,7 +57,7 @@ class ChatTokenizer:
     """A pretrained folder's tokenizer with its chat template, the one in `template_file`, or the built-in one."""
 
     def __init__(self, folder: str, template_file: str | None = None, *, last_turn_only: bool = False) -> None:
-        self._tokenizer = _load(folder)
+        self._tokenizer, self._folder = _load(folder), Path(folder)
         self._last_turn_only = last_turn_only
         self._backend = self._tokenizer.backend_tokenizer
         self._backend.no_truncation()
@@ -75,6 +76,9 @@ class ChatTokenizer:
     def save(self, folder: Path) -> None:
         """Write the tokenizer with the template that was used, for whoever talks to the tuned model."""
         self._tokenizer.save_pretrained(folder)
+        original = self._folder / "tokenizer.json"
+        if original.is_file():  # to the byte: data are known as prepared with a tokenizer by its hash
+            shutil.copyfile(original, folder / original.name)
 
     @cached_property
     def identity(self) -> str:
@@ -168,7 +172,7 @@ class ChatTokenizer:
                 return_assistant_tokens_mask=marked,
                 **self._tokenizer.special_tokens_map,
             )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
             remedy = f"it cannot render {conversation.place} ({error}); mend the row or the template"
             raise ConfigError(*self._key, remedy) from error
         return texts[0], [(start, end) for start, end in marks[0]] if marked else []

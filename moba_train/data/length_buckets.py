@@ -17,6 +17,7 @@ from moba_train.config.schema import ConfigError
 __all__ = ["describe_buckets", "parsed_buckets", "times_of_documents"]
 
 _KEY = "data.length_buckets"
+_MOST_TIMES = 1000
 
 
 def parsed_buckets(buckets: Mapping[str, int] | None) -> list[tuple[int, int]]:
@@ -29,6 +30,8 @@ def parsed_buckets(buckets: Mapping[str, int] | None) -> list[tuple[int, int]]:
             )
         if times < 0:
             raise ConfigError(f"{_KEY}.{least}", times, "a document comes so many times in a pass: 0 or more")
+        if times > _MOST_TIMES:
+            raise ConfigError(f"{_KEY}.{least}", times, f"a document comes at most {_MOST_TIMES} times in a pass")
         found[int(least)] = times
     return sorted({0: 1, **found}.items())
 

@@ -96,7 +96,7 @@ def json_lines(file: Path, key: str = "--input") -> Iterator[tuple[int, Any]]:
                 continue
             try:
                 yield number, json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 remedy = f"not a line of JSON ({error}); mend or drop it"
                 raise ConfigError(key, f"{file}:{number}", remedy) from error
 
@@ -116,7 +116,7 @@ def parquet_rows(file: Path, key: str = "--input", column: str | None = None) ->
                 for record in rows.to_pylist():
                     number += 1
                     yield number, record
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise ConfigError(key, str(file), f"not a readable Parquet file ({error})") from error
 
 

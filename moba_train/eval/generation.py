@@ -37,6 +37,7 @@ class Sampler:
             ("--temperature", temperature, temperature >= 0, "must be at least 0 (0: always the likeliest token)"),
             ("--top-k", top_k, top_k >= 0, "must be at least 0 (0: no limit)"),
             ("--top-p", top_p, 0 < top_p <= 1, "must lie above 0 and not above 1 (1: no limit)"),
+            ("--seed", seed, 0 <= seed < 2**63, "must be at least 0 and fit 63 bits"),
         ):
             if not good:
                 raise ConfigError(key, value, remedy)
@@ -52,7 +53,7 @@ class Sampler:
 
     def probabilities(self, logits_V: torch.Tensor) -> torch.Tensor:
         """What a token is drawn from, [V]: temperature first, then top_k, then top_p of what is left."""
-        scaled = logits_V / self.temperature
+        scaled = (logits_V - logits_V.max()) / self.temperature  # no temperature makes it overflow
         if self.top_k:
             lowest = scaled.topk(min(self.top_k, len(scaled))).values[-1]
             scaled = scaled.masked_fill(scaled < lowest, -torch.inf)

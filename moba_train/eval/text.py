@@ -119,7 +119,10 @@ def stop_ids(source: Source, tokenizer_folder: Path, tokenizer: Tokenizer) -> se
     for folder in (source.path, tokenizer_folder):
         file = folder / "generation_config.json"
         if file.is_file():
-            found = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+            try:
+                found = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+            except (ValueError, AttributeError) as error:
+                raise ConfigError("generation_config.json", str(file), f"is damaged ({error}); mend it") from None
             stop |= set(found if isinstance(found, list) else [] if found is None else [found])
     return stop
 

@@ -103,6 +103,10 @@ def _weight_map(folder: Path, key: str) -> dict[str, str]:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(key, str(folder), f"{_INDEX} is damaged ({error!r}); fetch it again") from error
+        names = weight_map.values() if isinstance(weight_map, dict) else []
+        if not names or not all(isinstance(file, str) for file in names):
+            remedy = f"{_INDEX} is damaged: its weight_map must name the file of every tensor; fetch it again"
+            raise ConfigError(key, str(folder), remedy)
         if any(Path(file).name != file for file in weight_map.values()):
             raise ConfigError(key, str(folder), f"{_INDEX} names a file outside the folder; fetch it again")
         return {str(name): str(file) for name, file in weight_map.items()}

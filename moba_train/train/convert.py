@@ -113,9 +113,11 @@ def carry_files(tensors: HFTensors, run_folder: Path) -> None:
     for file in [*named, *tokenizer_files(tensors.folder), *legal]:
         if file.is_file():
             shutil.copyfile(file, kept / file.name)
+    index = tensors.folder / _INDEX
     shards = {
         "weight_map": {name: info.file for name, info in tensors.infos.items()},
-        "indexed": (tensors.folder / _INDEX).is_file(),
+        "indexed": index.is_file(),
+        "metadata": json.loads(index.read_text(encoding="utf-8")).get("metadata") if index.is_file() else None,
     }
     (kept / _SHARDS).write_text(json.dumps(shards, indent=1), encoding="utf-8")
 
@@ -138,7 +140,7 @@ def core_to_hf(
     kept = step.parent.parent / CARRIED
     dtypes = {name: weights.dtype(rule) for rule in rules(model) for name in _all_names(rule, model)}
     sizes = {name: _bytes(shape, dtypes[name]) for name, shape in hf_shapes(model).items()}
-    shards, indexed = _shards(kept, sizes, max_shard_bytes)
+    shards, described = _shards(kept, sizes, max_shard_bytes)
     if not metadata.weights_only:
         length = metadata.config["train"]["sequence_length"]
         longest = max(model.max_position_embeddings or 0, length)
@@ -146,9 +148,9 @@ def core_to_hf(
     notes: list[str] = []
     with _whole_folder(Path(target)) as partial:
         total = _write_shards(partial, weights, model, shards, progress)
-        if indexed:
+        if described is not None:
             weight_map = {name: file for file, names in shards.items() for name in names}
-            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+            index = {"metadata": {**described, "total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
             (partial / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         carried = read_config(kept, "SRC") if kept.is_dir() else None
         if kept.is_dir():
@@ -176,11 +178,15 @@ def core_to_hf(
 @contextlib.contextmanager
 def _whole_folder(target: Path) -> Iterator[Path]:
     """A folder to fill that becomes `target` at the end, and vanishes on any failure."""
+    target = target.absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError("DST", str(target), "is there already; name another folder, or remove it first")
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError("DST", str(target), f"cannot be made ({error.strerror}); choose another") from None
     try:
         yield partial
         if target.exists():
@@ -222,15 +228,15 @@ def _write_shards(
     return total
 
 
-def _shards(kept: Path, sizes: dict[str, int], limit: float) -> tuple[dict[str, list[str]], bool]:
-    """File -> tensor names in the order to write them, and whether there is an index: as imported, or by size."""
+def _shards(kept: Path, sizes: dict[str, int], limit: float) -> tuple[dict[str, list[str]], dict[str, Any] | None]:
+    """File -> tensor names in the order to write them, as imported or by size; the index's metadata, None: no index."""
     order = {name: at for at, name in enumerate(sizes)}
     if (kept / _SHARDS).is_file():
         values = json.loads((kept / _SHARDS).read_text(encoding="utf-8"))
         shards: dict[str, list[str]] = {}
         for name in sorted(values["weight_map"], key=lambda name: order.get(name, len(order))):
             shards.setdefault(values["weight_map"][name], []).append(name)
-        return shards, values["indexed"]
+        return shards, (values.get("metadata") or {}) if values["indexed"] else None
     files: list[list[str]] = [[]]
     filled = 0
     for name, size in sizes.items():
@@ -240,8 +246,8 @@ def _shards(kept: Path, sizes: dict[str, int], limit: float) -> tuple[dict[str, 
         files[-1].append(name)
         filled += size
     if len(files) == 1:
-        return {"model.safetensors": files[0]}, False
-    return {f"model-{at:05d}-of-{len(files):05d}.safetensors": names for at, names in enumerate(files, 1)}, True
+        return {"model.safetensors": files[0]}, None
+    return {f"model-{at:05d}-of-{len(files):05d}.safetensors": names for at, names in enumerate(files, 1)}, {}
 
 
 def _tokenizer_of_the_data(metadata: checkpoint_folder.Metadata, folder: Path) -> tuple[int | None, str]:

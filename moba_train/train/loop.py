@@ -236,8 +236,9 @@ def _announce(run: Run, metrics: Metrics) -> None:
         metrics.say(f"stage {run.stage.name}, steps {run.stage.start + 1} to {run.stage.end}: {rows} a step")
     metrics.say(f"layers: {describe(plan)}; MFU against {peak / 1e12:.3g} TFLOP/s ({source})")
     for step, later in phases:
-        if step > run.step:
+        if step > run.step and later != plan:
             metrics.say(f"  after step {step}: {describe(later)}")
+            plan = later
     metrics.say(f"rotary embedding: {describe_rope(config.model, config.train.sequence_length)}")
     if run.step:
         metrics.say(f"going on from step {run.step}")

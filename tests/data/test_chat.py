@@ -95,7 +95,8 @@ def test_parquet_with_columns_of_several_shapes(tmp_path: Path) -> None:
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "must be text, not list"),
         ({"conversations": [{"from": "martian", "value": "x"}]}, "from 'martian', not one of human"),
         ({"conversations": [{"from": "human"}]}, r"conversations\[0\]\.value must be text, not null"),
-        ({"prompt": 3, "completion": "x"}, "prompt must be a list"),
+        ({"prompt": 3, "completion": "x"}, "prompt must be text or a list"),
+        ({"conversations": [{"from": ["human"], "value": "q"}]}, r"is from \['human'\], not one of"),
         ({"messages": HELLO, "tools": "f"}, "tools must be a list"),
         ({"messages": HELLO, "document": [1]}, "document must be text"),
     ],
@@ -116,3 +117,15 @@ def test_files_that_are_not_rows_are_refused(tmp_path: Path) -> None:
         chat_files(str(tmp_path / "none"), "sft.path")
     with pytest.raises(ConfigError, match="not a readable Parquet file"):
         list(read_conversations(chat_files(str(tmp_path), "sft.path"), "sft.path"))
+
+
+def test_a_parquet_file_damaged_within_is_named(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow.parquet")
+    file = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a" * 200] * 50, "completion": ["b"] * 50}), file)
+    content = bytearray(file.read_bytes())
+    content[4:64] = b"\xff" * 60
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"rows\.parquet'?: not a readable Parquet file"):
+        list(read_conversations([file], "sft.path"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,17 @@ def test_tokenizers_that_cannot_be_used(base: Path, tmp_path: Path) -> None:
         ChatTokenizer(str(base), str(tmp_path / "none.jinja"))
     with pytest.raises(ConfigError, match="neither a chat template nor an end token"):
         tokenizer(base, tmp_path / "t", None, eos_token=None)
+
+
+def test_a_saved_tokenizer_is_known_as_the_same(base: Path, tmp_path: Path) -> None:
+    """Prepared data name their tokenizer by this file's hash; transformers would write it anew."""
+    folder = tmp_path / "source"
+    shutil.copytree(base, folder)
+    values = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps({**values, "post_processor": None}, indent=7))
+    ChatTokenizer(str(folder)).save(tmp_path / "saved")
+    assert (tmp_path / "saved" / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+    assert ChatTokenizer(str(tmp_path / "saved")).source == "the tokenizer's own"
 
 
 @pytest.mark.skipif("MOBA_TRAIN_SMOLLM2" not in os.environ, reason="MOBA_TRAIN_SMOLLM2 names no folder of SmolLM2")

@@ -94,6 +94,7 @@ def test_a_loader_goes_on_exactly_also_into_later_passes(corpus: Prepared) -> No
         ({"long": 2}, r"data\.length_buckets\.long=2: the key is the least number"),
         ({"-5": 2}, r"data\.length_buckets\.-5"),
         ({"10": -1}, r"data\.length_buckets\.10=-1: .* 0 or more"),
+        ({"10": 10**9}, r"data\.length_buckets\.10=1000000000: .* at most 1000 times"),
         ({"0": 0}, r"data\.length_buckets=.*has only 0 tokens, less than a row of 32"),
         ({"0": 0, "1000000": 5}, r"has only 0 tokens"),
     ],

@@ -183,6 +183,7 @@ def test_what_cannot_be_opened_is_refused(root, found, checkpoint, overrides, sa
         ({"tasks": ("needle",)}, "--tasks"),
         ({"depths": (2.0,)}, "--depths"),
         ({"data": "nowhere"}, "no such folder"),
+        ({"output": "/dev/null/report", "tasks": ("position",)}, "--output"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_before_anything_is_built(root, found, options, said, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -125,12 +126,25 @@ def test_a_prompt_under_a_chat_template_or_as_text(folder, tmp_path):
         ({"decode": "sparse"}, "--decode"),
         ({"max_tokens": 0}, "--max-tokens"),
         ({"tokenizer": "nowhere"}, "no such file"),
+        ({"temperature": 1.0, "seed": 2**64}, "--seed"),
     ],
 )
 def test_what_cannot_work_is_refused_before_the_model_is_built(folder, options, said, monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with pytest.raises(ConfigError, match=said):
         generate_text(GenerateArguments(**{"checkpoint": str(folder), "prompt": "Hi", **options}))
+
+
+@pytest.mark.parametrize("given", ["--prompt", "standard input"])
+def test_a_prompt_that_is_not_utf8_is_refused(given, capsys, monkeypatch):
+    from launch import generate
+
+    monkeypatch.setattr(sys, "argv", ["generate.py", "nowhere", *(["--prompt", "caf\udce9"] * (given == "--prompt"))])
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="latin-1"))
+    assert generate.main() == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--prompt" in line
+    assert "is not UTF-8" in line
 
 
 def test_several_processes_are_refused(folder, monkeypatch):

@@ -35,7 +35,7 @@ LAYOUTS = {
     "context": ParallelConfig(context=2),
     "context, ring": ParallelConfig(context=2, context_strategy="ring"),
 }
-IN_ALL_LAYOUTS = ("llama, tied", "qwen2", "qwen3", "rope yarn", "odd vocabulary")
+IN_ALL_LAYOUTS = ("llama, tied", "qwen2", "qwen3", "rope yarn", "rope dynamic", "rope longrope", "odd vocabulary")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -123,11 +123,13 @@ def test_pickled_weights_are_never_opened(folder):
     assert "nothing is ever unpickled" in text
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"weight_map": {"a": "../b"}}'])
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"weight_map": {"a": "../b"}}', '{"weight_map": ["a"]}', '{"weight_map": {"a": 3}}']
+)
 def test_a_damaged_index_or_config_is_named(folder, content):
     (folder / "model.safetensors.index.json").write_text(content)
     assert "model.safetensors.index.json" in refusal(folder)
-    (folder / "config.json").write_text(content if content != '{"weight_map": {"a": "../b"}}' else "{")
+    (folder / "config.json").write_text(content if "weight_map" not in content else "{")
     assert "config.json" in refusal(folder)
 
 
@@ -158,6 +160,10 @@ def test_a_damaged_index_or_config_is_named(folder, content):
             "rope_scaling",
             "keep",
         ),
+        ({"model_type": ["llama"]}, "model_type", "not known"),
+        ({"layer_types": 5}, "layer_types", "list"),
+        ({"rope_parameters": "yarn"}, "rope_parameters", "group of fields"),
+        ({"rope_theta": -5}, "rope_theta", "positive"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_parameters.partial_rotary_factor", "1.0"),
         ({"model_type": "mistral", "architectures": None, "sliding_window": 64}, "sliding_window", "null"),
         ({"model_type": "mistral", "architectures": None, "max_position_embeddings": 32768}, "sliding_window", "4096"),

@@ -57,7 +57,7 @@ def launch_backward(
         parts = []
         for group in groups:
             heads = slice(group.start * ratio, group.stop * ratio)
-            dlse, lse = (None if x is None else x[:, heads].contiguous() for x in (dlse_TH, lse_TH))
+            dlse, lse = None if dlse_TH is None else dlse_TH[:, heads].contiguous(), lse_TH[:, heads].contiguous()
             parts.append(
                 launch_backward(
                     dout_THD[:, heads], dlse, q_THD[:, heads], k_SGD[:, group], v_SGD[:, group], out_THD[:, heads], lse,
