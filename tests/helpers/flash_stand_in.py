@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
+from torch import Tensor
 
 from moba_train.attention import reference
 
 __all__ = ["backward", "forward"]
 
 
-def forward(q, k, v, queries, keys, *, max_queries, max_keys, causal, scale, out_PHD=None):
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    *,
+    max_queries: int,
+    max_keys: int,
+    causal: bool,
+    scale: float,
+    out_PHD: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As `flash_library.forward`; rows past the last bound hold NaN."""
     out = torch.full_like(q, torch.nan) if out_PHD is None else out_PHD
     lse = q.new_full((q.shape[1], q.shape[0]), torch.nan)
     for rows, columns in _sequences(queries, keys, max_queries, max_keys):
@@ -25,9 +40,25 @@ def forward(q, k, v, queries, keys, *, max_queries, max_keys, causal, scale, out
 
 
 def backward(
-    dout, dlse, q, k, v, out, lse, queries, keys, *, causal, scale, deterministic,
-    dq_PHD=None, dk_SGD=None, dv_SGD=None, **sizes,
-):  # fmt: skip
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor | None,
+    lse: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    *,
+    causal: bool,
+    scale: float,
+    deterministic: bool,
+    dq_PHD: Tensor | None = None,
+    dk_SGD: Tensor | None = None,
+    dv_SGD: Tensor | None = None,
+    **sizes: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `flash_library.backward`, gradients with the strides of their inputs as the library's."""
     assert out is not None or q.shape[1] == 1
     out = torch.zeros_like(q) if out is None else out
     dq = torch.full_like(q, torch.nan) if dq_PHD is None else dq_PHD
@@ -48,7 +79,7 @@ def backward(
     return dq, dk, dv
 
 
-def _sequences(queries, keys, max_queries, max_keys):
+def _sequences(queries: Tensor, keys: Tensor, max_queries: int, max_keys: int) -> Iterator[tuple[slice, slice]]:
     assert queries[0] == keys[0] == 0
     bounds = zip(pairwise(queries), pairwise(keys), strict=True)
     for (first, last), (key, key_end) in bounds:
