@@ -46,10 +46,12 @@ def take_prompt(args: argparse.Namespace) -> int:
         if args.prompt is None:
             if sys.stdin.isatty():
                 print("Reading the prompt from the terminal; end it with Ctrl-D.", file=sys.stderr)
-            args.prompt = io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8").read()
+            if isinstance(sys.stdin, io.TextIOWrapper):
+                sys.stdin.reconfigure(encoding="utf-8", errors="strict")
+            args.prompt = sys.stdin.read()
         args.prompt.encode()
     except UnicodeError as error:
-        raise ConfigError("--prompt", ascii(args.prompt), f"is not UTF-8 text ({error})") from None
+        raise ConfigError("--prompt", args.prompt or "standard input", f"is not UTF-8 text ({error})") from None
     return 0
 
 

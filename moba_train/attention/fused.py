@@ -60,10 +60,10 @@ def describe(q_THD: Tensor) -> str:
 
 
 def _cudnn_serves(q_THD: Tensor, seq: SequenceInfo) -> bool:
-    if q_THD.shape[0] < _WORTH_PLANS or seq.max_document != seq.num_keys:
+    if q_THD.shape[0] < _WORTH_PLANS or seq.max_document != seq.num_keys or not _cudnn_is_there(q_THD):
         return False
     sides = ((r.q_end - r.q_start, r.k_diagonal - r.k_start, r.k_end - r.k_diagonal) for r in seq.runs)
-    return min(side for run in sides for side in run if side) >= _SHORTEST_SIDE and _cudnn_is_there(q_THD)
+    return min(side for run in sides for side in run if side) >= _SHORTEST_SIDE
 
 
 def _cudnn_is_there(q_THD: Tensor) -> bool:

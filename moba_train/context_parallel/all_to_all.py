@@ -41,7 +41,7 @@ def attend_all_to_all(
     seq_all_rows: SequenceInfo,
     *,
     overlap: bool = True,
-    one_by_one: bool = True,
+    one_by_one: bool,
     picks: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:

@@ -86,7 +86,7 @@ def wrap(
                 options["picks"] = route(q_tHD, k_tGD, own_rows, groups, options)
             seq = with_rows(seq, queries=None if group is None else across.chunks[outer_rank], keys=None)
             inside = rows.inside(inner_size, outer_rank)
-            # Without overlap too, where the strategy across gathers: its memory is bounded by the heads it is given.
+            # Without overlap too, where rows travel across: one key head at a time bounds what is there of them.
             one_by_one = overlap or group is not None
             attend = partial(attend_all_to_all, attend, inner_group, inside, overlap=overlap, one_by_one=one_by_one)
         return attend(q_tHD, k_tGD, v_tGD, seq, **options)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -75,10 +74,11 @@ class ChatTokenizer:
 
     def save(self, folder: Path) -> None:
         """Write the tokenizer with the template that was used, for whoever talks to the tuned model."""
-        self._tokenizer.save_pretrained(folder)
         original = self._folder / "tokenizer.json"
-        if original.is_file():  # to the byte: data are known as prepared with a tokenizer by its hash
-            shutil.copyfile(original, folder / original.name)
+        content = original.read_bytes() if original.is_file() else None  # `folder` may be the one it came from
+        self._tokenizer.save_pretrained(folder)
+        if content is not None:  # to the byte: data are known as prepared with a tokenizer by its hash
+            (folder / original.name).write_bytes(content)
 
     @cached_property
     def identity(self) -> str:

@@ -70,11 +70,10 @@ def evaluate(arguments: EvaluateArguments) -> int:
         build_case(documents, lengths[0], 0.0, 0, distractors=arguments.distractors, seed=arguments.seed)
 
     output = Path(arguments.output)
-    if os.environ.get("RANK", "0") == "0":
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError("--output", str(output), f"cannot be made ({error.strerror}); choose another") from None
+    try:
+        output.mkdir(parents=True, exist_ok=True)  # by all ranks: a refusal is all theirs
+    except OSError as error:
+        raise ConfigError("--output", str(output), f"cannot be made ({error.strerror}); choose another") from None
     model = open_model(source)
     first = model.groups.world_rank == 0
     losses, cells = _measure(model, documents, arguments, lengths, chosen, show=first)

@@ -114,14 +114,15 @@ def locate(path: Path, key: str) -> Path:
 def latest_checkpoint(root: Path) -> Path | None:
     """The step folder that `latest` in a checkpoints folder names; None where nothing was saved.
 
-    Raises CheckpointError when it is gone, or when `latest` names none or is missing beside saved ones: to begin anew
+    Raises CheckpointError when it is gone, or when `latest` names none or is missing beside several: to begin anew
     would write over them.
     """
     marker = root / "latest"
     if not marker.is_file():
-        if complete_checkpoints(root):
+        saved = complete_checkpoints(root)
+        if len(saved) > 1:
             raise corrupt(marker, "it is missing, and there are saved steps")
-        return None
+        return saved[0] if saved else None  # the first is whole before it is named
     name = marker.read_text(errors="replace").strip()
     if not name.startswith("step_"):
         raise corrupt(marker, "it does not name a saved step")

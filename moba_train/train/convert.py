@@ -114,10 +114,11 @@ def carry_files(tensors: HFTensors, run_folder: Path) -> None:
         if file.is_file():
             shutil.copyfile(file, kept / file.name)
     index = tensors.folder / _INDEX
+    described = json.loads(index.read_text(encoding="utf-8")).get("metadata") if index.is_file() else None
     shards = {
         "weight_map": {name: info.file for name, info in tensors.infos.items()},
         "indexed": index.is_file(),
-        "metadata": json.loads(index.read_text(encoding="utf-8")).get("metadata") if index.is_file() else None,
+        "metadata": described if isinstance(described, dict) else {},
     }
     (kept / _SHARDS).write_text(json.dumps(shards, indent=1), encoding="utf-8")
 
@@ -236,7 +237,7 @@ def _shards(kept: Path, sizes: dict[str, int], limit: float) -> tuple[dict[str, 
         shards: dict[str, list[str]] = {}
         for name in sorted(values["weight_map"], key=lambda name: order.get(name, len(order))):
             shards.setdefault(values["weight_map"][name], []).append(name)
-        return shards, (values.get("metadata") or {}) if values["indexed"] else None
+        return shards, values.get("metadata", {}) if values["indexed"] else None  # older imports kept none
     files: list[list[str]] = [[]]
     filled = 0
     for name, size in sizes.items():

@@ -154,7 +154,8 @@ def _check_backend(config: RunConfig, key: str, name: str, on_gpu: bool) -> None
     kernels = name in ("triton", "flash", "mixed")
     if kernels and not on_gpu and "TRITON_INTERPRET" not in os.environ:
         raise ConfigError(key, name, "needs a CUDA GPU and there is none here; choose auto")
-    if on_gpu and name in ("triton", "sdpa") and config.model.head_dim > LARGEST_HEAD_DIM_ON_GPU:
+    limited = name == "triton" or (name == "sdpa" and config.precision != "fp32")
+    if on_gpu and limited and config.model.head_dim > LARGEST_HEAD_DIM_ON_GPU:
         most = f"takes head dims up to {LARGEST_HEAD_DIM_ON_GPU} on a GPU, got {config.model.head_dim}"
         raise ConfigError(key, name, f"{most}; choose auto, which warns that another is slow")
     if name in ("flash", "mixed"):

@@ -199,7 +199,10 @@ def test_a_saved_tokenizer_is_known_as_the_same(base: Path, tmp_path: Path) -> N
     (folder / "tokenizer.json").write_text(json.dumps({**values, "post_processor": None}, indent=7))
     ChatTokenizer(str(folder)).save(tmp_path / "saved")
     assert (tmp_path / "saved" / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
-    assert ChatTokenizer(str(tmp_path / "saved")).source == "the tokenizer's own"
+    again = ChatTokenizer(str(tmp_path / "saved"))
+    assert again.source == "the tokenizer's own"
+    again.save(tmp_path / "saved")  # where it came from
+    assert (tmp_path / "saved" / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
 
 
 @pytest.mark.skipif("MOBA_TRAIN_SMOLLM2" not in os.environ, reason="MOBA_TRAIN_SMOLLM2 names no folder of SmolLM2")

@@ -59,6 +59,9 @@ def test_a_run_begins_anew_only_where_nothing_was_saved(root: Path, tmp_path: Pa
     marker.unlink()
     with pytest.raises(ConfigError, match=r"latest.*missing.*load=.*step_00000040"):
         latest_checkpoint(root)
+    only = tmp_path / "killed before it named its first step"
+    (only / "step_00000010").mkdir(parents=True)
+    assert latest_checkpoint(only) == only / "step_00000010"
 
 
 @pytest.mark.parametrize("wrong", [{"step": None}, {"config": {}}, {"config": [1]}, {"manifest": {}}])
