@@ -144,9 +144,9 @@ def draw(results: dict[str, Any], path: Path) -> None:
     # The untrained model's loss explodes beyond its length: that it leaves the picture says enough.
     trained = [value for name in ("full", "moba") for value in _at_length(results, name)["by_position"]]
     low, high = min(trained), max(trained)
-    position.set_ylim(low - 0.2 * (high - low) - 0.05, high + 1.2 * (high - low) + 0.05)
+    position.set_ylim(low - 0.2 * (high - low) - 0.05, high + 1.8 * (high - low) + 0.05)
     position.set(xlabel="position (tokens)", ylabel="loss (nats per token)", title="validation, by position")
-    position.legend()
+    position.legend(loc="upper right", ncol=2, fontsize="small")
     for column, name in enumerate(grids[:3]):
         axes = figure.add_subplot(grid[1, 2 * column : 2 * column + 2])
         lengths, depths, values = _grid(results["evaluations"][name]["passkey"], "exact")
