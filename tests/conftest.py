@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,6 +30,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return next((i for i, start in enumerate(_LONGEST) if name.startswith(start)), len(_LONGEST))
 
     items.sort(key=place)
+
+
+@pytest.fixture
+def as_if_transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checks that only ask whether it is installed find it."""
+    find = importlib.util.find_spec
+
+    def find_spec(name: str, package: str | None = None) -> Any:
+        return name if name == "transformer_engine" else find(name, package)
+
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
 
 
 def _poison(tensor: torch.Tensor) -> torch.Tensor:

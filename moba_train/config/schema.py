@@ -171,7 +171,7 @@ class TrainConfig:
     """Length of the run and shape of a step."""
 
     steps: int = 100
-    sequence_length: int = 1024
+    sequence_length: int = 1024  # tokens of a row; padded beyond that where the layout needs it (Batch.pad)
     global_batch_size: int = 8  # rows of sequence_length tokens per optimizer step, over all ranks
     validate_every: int = 0  # steps; 0: only at the end
     validation_batches: int = 8  # global batches per validation

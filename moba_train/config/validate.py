@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
 from typing import Any
 
 from moba_train.config.huggingface import check_rope
 from moba_train.config.schema import ConfigError, RunConfig, SftConfig
 
-__all__ = ["data_parallel_size", "min_world_size", "padded_vocab_size", "validate"]
+__all__ = ["data_parallel_size", "min_world_size", "padded_length", "padded_vocab_size", "validate"]
 
 _CHOICES = {
     "precision": ("fp32", "bf16", "fp8"),
@@ -45,6 +46,7 @@ _AT_LEAST = {
     ),
 }
 
+_FP8_MULTIPLE = 16  # of all sides of Transformer Engine's fp8 products, tokens included
 
 # Far above any run: a slip such as 1e12 is refused rather than allocated.
 _AT_MOST = {
@@ -66,6 +68,16 @@ def padded_vocab_size(vocab_size: int, tensor: int) -> int:
     """Rows of the embeddings over all tensor-parallel ranks: rounded up to divide. Nothing is ever computed with the
     rows past vocab_size, and no checkpoint that is loaded elsewhere need have them."""
     return -(-vocab_size // tensor) * tensor
+
+
+def padded_length(length: int, config: RunConfig) -> int:
+    """Tokens of a row of `length` when it is padded (Batch.pad) so that context parallelism cuts it into two equal
+    chunks a rank, sequence parallel each rank's rows into equal parts, and fp8 multiplies the rows of each."""
+    parallel = config.parallel
+    chunks = 2 * parallel.context if parallel.context > 1 else 1
+    parts = parallel.context * (parallel.tensor if parallel.sequence else 1)
+    step = math.lcm(chunks, parts * (_FP8_MULTIPLE if config.precision == "fp8" else 1))
+    return -(-length // step) * step
 
 
 def data_parallel_size(config: RunConfig, world_size: int) -> int:
@@ -153,10 +165,24 @@ def _check_model(config: RunConfig) -> None:
             model.transformer_impl == "transformer_engine",
             "fp8 needs model.transformer_impl=transformer_engine (the gpu extra); or choose bf16",
         )
+        widths = {
+            "hidden_size": model.hidden_size,
+            "ffn_hidden_size": model.ffn_hidden_size // tp,
+            "num_attention_heads": model.num_attention_heads // tp * model.head_dim,
+            "num_key_value_heads": 2 * model.num_key_value_heads // tp * model.head_dim,  # keys and values
+        }
+        for name, width in widths.items():
+            _require(
+                config,
+                f"model.{name}",
+                width % _FP8_MULTIPLE == 0,
+                f"a tensor rank's layers are {width} wide there, and fp8 multiplies matrices of multiples of "
+                f"{_FP8_MULTIPLE}; choose others, or precision=bf16",
+            )
 
 
 def _check_parallel(config: RunConfig) -> None:
-    parallel, model, length = config.parallel, config.model, config.train.sequence_length
+    parallel, model = config.parallel, config.model
     chunks = parallel.pipeline * parallel.virtual_pipeline
     _require(
         config,
@@ -176,22 +202,6 @@ def _check_parallel(config: RunConfig) -> None:
         not parallel.sequence or parallel.tensor > 1,
         "sequence parallel needs parallel.tensor > 1",
     )
-    if parallel.context > 1:
-        step = 2 * parallel.context
-        _require(
-            config,
-            "train.sequence_length",
-            length % step == 0,
-            f"must be divisible by 2 x parallel.context = {step}; try {-(-length // step) * step}",
-        )
-    if parallel.sequence:
-        local = length // parallel.context
-        _require(
-            config,
-            "train.sequence_length",
-            local % parallel.tensor == 0,
-            f"the {local} of a context rank must be divisible by parallel.tensor={parallel.tensor} (sequence parallel)",
-        )
     strategies = (parallel.context_strategy, parallel.full_context_strategy)
     if parallel.context_inner > 1:
         _require(

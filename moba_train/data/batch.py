@@ -1,4 +1,4 @@
-"""One row of training data, and how context parallelism cuts it.
+"""One row of training data, and how it is padded and cut for context parallelism.
 
 Invariant: `cu_seqlens` always speaks of the S rows of the whole (global) row of tokens, also after `shard`.
 Shapes: S tokens of the whole row, T of them held here (T == S before `shard`).
@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 
 from moba_train.context_parallel.layout import Layout
 
@@ -28,6 +29,27 @@ class Batch:
     positions: torch.Tensor  # int64 [T]; counted from the start of each document
     cu_seqlens: torch.Tensor  # int32 [documents + 1], host; 0, ..., S
     q_positions: torch.Tensor | None = None  # int64 [T], host; global row of each token, None: all of them
+
+    def pad(self, length: int) -> Batch:
+        """The whole row with filler up to `length` tokens: a document of its own, without loss.
+
+        ValueError for a shard, and for a row that is longer.
+        """
+        filler = length - len(self.tokens)
+        if self.q_positions is not None:
+            raise ValueError("this batch is a shard already; pad the whole row")
+        if filler < 0:
+            raise ValueError(f"a row of {len(self.tokens)} tokens cannot be padded to {length}")
+        if filler == 0:
+            return self
+        return replace(
+            self,
+            tokens=F.pad(self.tokens, (0, filler)),  # any id would do
+            labels=F.pad(self.labels, (0, filler)),
+            loss_mask=F.pad(self.loss_mask, (0, filler)),
+            positions=torch.cat([self.positions, torch.arange(filler)]),
+            cu_seqlens=torch.cat([self.cu_seqlens, self.cu_seqlens.new_tensor([length])]),
+        )
 
     def shard(self, layout: Layout, rank: int) -> Batch:
         """The rows that context-parallel `rank` holds under `layout`; ValueError where their lengths differ."""

@@ -251,7 +251,7 @@ def _for_asking(trained: RunConfig, overrides: list[str]) -> RunConfig:
     if config.parallel.sequence:
         raise ConfigError("parallel.sequence", True, "it only saves memory of training; leave it out")
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    check_length(config, world_size, 2 * config.parallel.context, "parallel.context")
+    check_length(config, world_size, config.train.sequence_length, "train.sequence_length")
     return config
 
 

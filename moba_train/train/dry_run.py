@@ -8,7 +8,7 @@ from typing import Any
 
 from moba_train.config.schema import RunConfig, to_dict
 from moba_train.config.stages import Stage, stages_of
-from moba_train.config.validate import data_parallel_size
+from moba_train.config.validate import data_parallel_size, padded_length
 from moba_train.model.layer_plan import LayerKind, Plan, describe, plan_phases
 from moba_train.model.rope import describe_rope
 from moba_train.train.estimate import memory_gib, parameter_count
@@ -30,7 +30,7 @@ def _print_stage(stage: Stage, world_size: int) -> None:
     config, steps = stage.config, stage.end - stage.start
     model, parallel, train = config.model, config.parallel, config.train
     dp = data_parallel_size(config, world_size)
-    length = train.sequence_length
+    length, padded = train.sequence_length, padded_length(train.sequence_length, config)
     attention = planned(config).attention
     phases = plan_phases(attention, model.num_layers)
     ends = [*(start for start, _ in phases[1:]), steps]
@@ -52,8 +52,8 @@ def _print_stage(stage: Stage, world_size: int) -> None:
                 f"{parallel.tensor} x {parallel.pipeline} x {parallel.context} x {dp}",
             ),
             ("layers per pipeline stage", model.num_layers // parallel.pipeline),
-            ("tokens per row", length),
-            ("tokens per GPU and row", length // parallel.context),
+            ("tokens per row", length if padded == length else f"{length:,}, padded to {padded:,}"),
+            ("tokens per GPU and row", padded // parallel.context),
             ("micro-batches per step and rank", train.global_batch_size // dp),
             ("tokens per step", tokens),
             ("tokens in all", tokens * steps),

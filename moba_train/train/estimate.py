@@ -6,7 +6,7 @@ The memory is an estimate, by the terms listed in `_stage_bytes`; framework buff
 from __future__ import annotations
 
 from moba_train.config.schema import ModelConfig, RunConfig
-from moba_train.config.validate import data_parallel_size, padded_vocab_size
+from moba_train.config.validate import data_parallel_size, padded_length, padded_vocab_size
 from moba_train.context_parallel.memory import peak_bytes
 from moba_train.model.chunked_loss import rows_at_once
 
@@ -36,7 +36,7 @@ def _stage_bytes(config: RunConfig, world_size: int, last: bool) -> dict[str, fl
     embedding = model.vocab_size * model.hidden_size * (2 if whole and not model.tie_embeddings else 1)
     key_conv = config.attention.key_conv
     parameters = (stage_layers * _layer_parameters(model, key_conv) + embedding) / parallel.tensor
-    tokens = train.sequence_length / parallel.context
+    tokens = padded_length(train.sequence_length, config) / parallel.context
 
     # A token in a layer: residual stream twice, both norms; q, k, v, rotated q and k, out; gate, up and their product;
     # with a key convolution, k before it.
@@ -66,9 +66,10 @@ def _stage_bytes(config: RunConfig, world_size: int, last: bool) -> dict[str, fl
 
 def _context_bytes(config: RunConfig, width: int) -> int:
     """What communication holds at its peak in one layer, of the kind that needs more."""
-    model, parallel, length = config.model, config.parallel, config.train.sequence_length
+    model, parallel = config.model, config.parallel
     if parallel.context == 1:
         return 0
+    length = padded_length(config.train.sequence_length, config)
     heads, key_heads = model.num_attention_heads // parallel.tensor, model.num_key_value_heads // parallel.tensor
     inner = parallel.context_inner
     across = parallel.context // inner

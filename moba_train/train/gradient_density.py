@@ -137,9 +137,8 @@ def _mixed_in(keys_S: Tensor, seq: SequenceInfo, key_conv: int) -> Tensor:
 
 def picked_blocks(picks_THK: Tensor, own_T: Tensor, sources_AT: Tensor, num_key_heads: int, num_blocks: int) -> Tensor:
     """bool [A, G, N]: the blocks but their own that queries among the sources picked, by any head of each group."""
-    num_queries, _, top_k = picks_THK.shape
     picked_AGN = torch.zeros(len(sources_AT), num_key_heads, num_blocks + 1, dtype=torch.bool, device=picks_THK.device)
-    picks_GTK = picks_THK.view(num_queries, num_key_heads, -1, top_k).transpose(0, 1).flatten(2)
+    picks_GTK = picks_THK.unflatten(1, (num_key_heads, -1)).transpose(0, 1).flatten(2)
     for g in range(num_key_heads):  # one at a time: int64 copies of all picks would be large
         earlier_TK = (picks_GTK[g] >= 0) & (picks_GTK[g] != own_T[:, None])
         for a, sources_T in enumerate(sources_AT):

@@ -2,7 +2,8 @@
 
 The pass is its own, without gradients: it changes no weight, no optimizer or random state and no training step, needs
 no activations, and costs nothing while nobody looks. Picks are those that the layer's attention uses, under every
-context-parallel strategy (routing does not depend on it: context_parallel/ring.py).
+context-parallel strategy (routing does not depend on it: context_parallel/ring.py). Padding that a layout needs is left
+out, so that nothing told of a row depends on the layout.
 
 Letters: S rows of the whole context, T of them on this context rank, H query heads and G key heads of this tensor rank,
 R = H // G, D head dim, K = top_k picks, n sampled queries, N blocks.
@@ -70,13 +71,13 @@ def observe(run: Run, plan: tuple[LayerAttention, ...], rows: list[Batch]) -> li
 
     The number of rows is the same on all ranks; an interleaved pipeline takes multiples of its stages.
     """
-    watch = _Watch(run.groups.context.group)
+    watch = _Watch(run.groups.context.group, rows)
     set_layer_plan(run.chunks, plan)
     with observed_by(watch, run.chunks):
         forward_rows(run, rows)
     return [
-        ObservedRow(plan, batch, watch.sequences[i], {layer: seen[i] for layer, seen in watch.layers.items()})
-        for i, batch in enumerate(rows)
+        ObservedRow(plan, batch, held, {layer: seen[i] for layer, seen in watch.layers.items()})
+        for i, (batch, held) in enumerate(zip(rows, watch.held.values(), strict=True))
     ]
 
 
@@ -132,29 +133,36 @@ def covered_mass(
 
 @dataclass
 class _Watch:
-    """The observer of every layer held here. Layers come in order, micro-batch after micro-batch each."""
+    """The observer of every layer held here. Layers come in order, micro-batch after micro-batch each.
+
+    held: of each sequence seen, this rank's part of the row that was given, without padding.
+    """
 
     group: dist.ProcessGroup
+    rows: list[Batch]
     layers: dict[int, list[ObservedLayer]] = field(default_factory=dict)
-    sequences: list[SequenceInfo] = field(default_factory=list)
-    _held: dict[SequenceInfo, SequenceInfo] = field(default_factory=dict)
+    held: dict[SequenceInfo, SequenceInfo] = field(default_factory=dict)
     _sampled: dict[tuple[SequenceInfo, LayerAttention], Tensor] = field(default_factory=dict)
 
     def __call__(self, module: CoreAttention, q_THD: Tensor, k_TGD: Tensor, seq: SequenceInfo) -> None:
-        if seq not in self._held:
-            self._held[seq] = SequenceInfo(seq.cu_seqlens, seq.q_positions, seq.q_positions)
-            self.sequences.append(seq)
-        layer = module.layer
+        if seq not in self.held:
+            cu_seqlens, rows = self.rows[len(self.held)].cu_seqlens, seq.q_positions
+            if rows is not None:
+                rows = rows[rows < cu_seqlens[-1]]
+            self.held[seq] = SequenceInfo(cu_seqlens, rows, rows)
+        layer, held = module.layer, self.held[seq]
         if layer.kind is not LayerKind.MOBA:
             return
-        picks_THK = route(q_THD, k_TGD, self._held[seq], [self.group], layer.routing)
-        if (seq, layer) not in self._sampled:
-            self._sampled[seq, layer] = _sample(seq, layer)
-        mass_H, rows_n = None, self._sampled[seq, layer]
+        # Padding is the end of a row, so of this rank's part too.
+        q_THD, k_TGD = q_THD[: held.num_queries], k_TGD[: held.num_queries]
+        picks_THK = route(q_THD, k_TGD, held, [self.group], layer.routing)
+        if (held, layer) not in self._sampled:
+            self._sampled[held, layer] = _sample(held, layer)
+        mass_H, rows_n = None, self._sampled[held, layer]
         if len(rows_n):
             scale = q_THD.shape[2] ** -0.5 if module.softmax_scale is None else module.softmax_scale
-            q_nHD, picks_nHK = (_from_all(x, rows_n, seq, self.group) for x in (q_THD, picks_THK))
-            mass_H = covered_mass(q_nHD, k_TGD, picks_nHK, rows_n, seq, layer, scale, self.group).sum(0)
+            q_nHD, picks_nHK = (_from_all(x, rows_n, held, self.group) for x in (q_THD, picks_THK))
+            mass_H = covered_mass(q_nHD, k_TGD, picks_nHK, rows_n, held, layer, scale, self.group).sum(0)
         self.layers.setdefault(module.layer_number - 1, []).append(ObservedLayer(picks_THK, mass_H, len(rows_n)))
 
 
@@ -168,9 +176,10 @@ def _sample(seq: SequenceInfo, layer: LayerAttention) -> Tensor:
 def _from_all(x_T: Tensor, rows_n: Tensor, seq: SequenceInfo, group: dist.ProcessGroup) -> Tensor:
     """The global rows `rows_n` of a tensor whose rows the context ranks share."""
     positions = torch.arange(seq.num_keys) if seq.q_positions is None else seq.q_positions
-    at = torch.searchsorted(positions, rows_n).clamp_(max=len(positions) - 1)
-    mine = (positions[at] == rows_n).to(x_T.device).view(-1, *[1] * (x_T.dim() - 1))
-    x_n = torch.where(mine, x_T[at.to(x_T.device)], 0)
+    mine = torch.isin(rows_n, positions).nonzero().flatten()
+    at = torch.searchsorted(positions, rows_n[mine])
+    x_n = x_T.new_zeros(len(rows_n), *x_T.shape[1:])
+    x_n[mine.to(x_T.device)] = x_T[at.to(x_T.device)]
     if group.size() > 1:
         dist.all_reduce(x_n, group=group)
     return x_n

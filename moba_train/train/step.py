@@ -19,6 +19,7 @@ from megatron.core.utils import get_model_config
 
 from moba_train.attention import SequenceInfo
 from moba_train.config.schema import RunConfig
+from moba_train.config.validate import padded_length
 from moba_train.context_parallel.layout import RULES
 from moba_train.data.batch import Batch
 from moba_train.data.loader import Loader
@@ -201,7 +202,7 @@ def _run_schedule(
         data_iterator=iterators if len(iterators) > 1 else iterators[0],
         model=run.chunks if len(run.chunks) > 1 else run.chunks[0],
         num_microbatches=count or run.config.train.global_batch_size // run.groups.data.size,
-        seq_length=run.config.train.sequence_length,
+        seq_length=padded_length(run.config.train.sequence_length, run.config),
         micro_batch_size=1,
         forward_only=forward_only,
     )
@@ -245,8 +246,9 @@ def _position_report(losses_T: torch.Tensor, batch: Batch, buckets: int, length:
 
 
 def to_row(run: HasModel, batch: Batch) -> Row:
-    """Cut the row to this context rank and lay out what every layer needs to know of it."""
+    """Pad the row, cut it to this context rank and lay out what every layer needs to know of it."""
     context = run.groups.context
+    batch = batch.pad(padded_length(len(batch.tokens), run.config))
     if context.size > 1:
         rule = RULES[run.config.parallel.context_layout]
         batch = batch.shard(rule(len(batch.tokens), context.size, batch.cu_seqlens.tolist()), context.rank)

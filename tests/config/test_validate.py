@@ -3,8 +3,14 @@
 import pytest
 
 from moba_train.config.compose import compose, group_options
-from moba_train.config.schema import ConfigError
-from moba_train.config.validate import data_parallel_size, min_world_size, padded_vocab_size, validate
+from moba_train.config.schema import ConfigError, ParallelConfig, RunConfig
+from moba_train.config.validate import (
+    data_parallel_size,
+    min_world_size,
+    padded_length,
+    padded_vocab_size,
+    validate,
+)
 
 
 @pytest.mark.parametrize("recipe", group_options("recipe"))
@@ -31,18 +37,12 @@ def test_every_recipe_is_valid_at_its_smallest_size_and_at_four_times_that(recip
         (["train.steps=1e12"], 1, "train.steps", "at most"),
         (["wandb.project=a/b"], 1, "wandb.project", "without /"),
         ([], 0, "world_size", "positive multiple"),
-        (["train.sequence_length=1022", "parallel.context=2"], 2, "train.sequence_length", "1024"),
+        (["train.sequence_length=0", "parallel.context=2"], 2, "train.sequence_length", "at least 1"),
         (
-            ["train.sequence_length=1026", "parallel.tensor=2", "parallel.sequence=true", "parallel.context=1"],
-            2,
+            ["train.sequence_length=1021", "parallel.tensor=2", "parallel.sequence=true", "parallel.context=2"],
+            4,
             None,
             "",
-        ),
-        (
-            ["train.sequence_length=1025", "parallel.tensor=2", "parallel.sequence=true"],
-            2,
-            "train.sequence_length",
-            "tensor=2",
         ),
         (["parallel.sequence=true"], 1, "parallel.sequence", "parallel.tensor > 1"),
         (["parallel.tensor=2"], 3, "world_size", "multiple"),
@@ -149,6 +149,51 @@ def test_what_is_left_of_the_world_is_data_parallel():
     config = compose(["recipe=128k"])
     assert min_world_size(config) == 16
     assert data_parallel_size(config, 64) == 4
+
+
+@pytest.mark.parametrize(
+    "layout, lengths",
+    [
+        ({}, {1: 1, 1021: 1021}),
+        ({"context": 2}, {1: 4, 1021: 1024, 1024: 1024, 1025: 1028}),
+        ({"context": 3, "context_layout": "contiguous"}, {7: 12}),
+        ({"context": 2, "tensor": 8}, {1021: 1024}),  # whole rows on every tensor rank
+        ({"tensor": 8, "sequence": True}, {1024: 1024, 1025: 1032}),
+        ({"tensor": 3, "context": 2, "sequence": True}, {12: 12, 13: 24, 16: 24}),
+        ({"tensor": 4, "context": 2, "sequence": True}, {9: 16, 16: 16}),
+        ({"precision": "fp8"}, {1021: 1024, 1025: 1040}),
+        ({"precision": "fp8", "context": 3, "tensor": 2, "sequence": True}, {1: 96, 97: 192}),
+    ],
+    ids=str,
+)
+def test_rows_are_padded_to_divide(layout, lengths):
+    precision = layout.pop("precision", "bf16")
+    for length, padded in lengths.items():
+        assert padded_length(length, RunConfig(precision=precision, parallel=ParallelConfig(**layout))) == padded
+
+
+@pytest.mark.parametrize(
+    "key, overrides",
+    [
+        ("model.hidden_size", ["model.hidden_size=136"]),
+        ("model.ffn_hidden_size", ["model.ffn_hidden_size=376", "parallel.tensor=2"]),
+        (
+            "model.num_attention_heads",
+            ["model.num_attention_heads=3", "model.num_key_value_heads=3", "model.head_dim=8"],
+        ),
+        (
+            "model.num_key_value_heads",
+            ["model.num_attention_heads=4", "model.num_key_value_heads=1", "model.head_dim=4"],
+        ),
+    ],
+)
+def test_fp8_refuses_widths_that_it_cannot_multiply(as_if_transformer_engine, key, overrides):
+    fp8 = ["recipe=tiny", "model.transformer_impl=transformer_engine", "precision=fp8"]
+    validate(compose(fp8), 1)
+    with pytest.raises(ConfigError) as caught:
+        validate(compose([*fp8, *overrides]), 2)
+    assert caught.value.key == key
+    assert "16" in caught.value.remedy
 
 
 def test_the_vocabulary_is_padded_to_divide():

@@ -26,6 +26,14 @@ LAYOUTS = {
         "parallel.overlap_grad_reduce=true",
     ],
 }
+# A length that no layout here divides, and blocks so small that padding would have queries with a choice.
+PADDED = ["train.sequence_length=17", "attention.block_size=2"]
+PADDED_LAYOUTS = {
+    "context of four, a rank of padding": ["parallel.context=4", "parallel.context_layout=contiguous"],
+    "tensor and sequence, data": ["parallel.tensor=2", "parallel.sequence=true"],
+    "pipeline interleaved, context": ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "parallel.context=2"],
+    "tensor, sequence, context": ["parallel.tensor=2", "parallel.sequence=true", "parallel.context=2"],
+}
 
 
 class _OneToken:
@@ -158,6 +166,28 @@ def _look(rank, world_size, data, root):
     return found
 
 
+def _look_at_padded(rank, world_size, data, root):
+    from megatron.core import parallel_state
+
+    from moba_train.train import checkpoint
+
+    start, found = [], {}
+    for name, overrides in ({ALONE: []} | PADDED_LAYOUTS).items():
+        run = _setup(data, root / name, *PADDED, *start, "metrics.gate_every=1", *overrides)
+        if name == ALONE:
+            checkpoint.save(run)
+            start = [f"checkpoint.load={root / ALONE}", "checkpoint.load_weights_only=true"]
+        found[name] = _records(run)
+        parallel_state.destroy_model_parallel()
+    return found
+
+
+@pytest.fixture(scope="module")
+def found_of_padded(tmp_path_factory):
+    root = tmp_path_factory.mktemp("padded")
+    return run_distributed(_look_at_padded, 4, corpus(root / "data"), root)
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     root = tmp_path_factory.mktemp("observation")
@@ -180,15 +210,26 @@ def test_density_counts_the_values_that_autograd_reaches(found):
     assert torch.tensor(record["gradient_density/pairs_by_head"]).mul(rows).round().int().tolist() == counts.tolist()
 
 
+def assert_same_record(record, expected):
+    assert record.keys() == expected.keys()
+    for key in expected.keys() - {"gate/seconds"}:
+        assert numbers(record[key]) == pytest.approx(numbers(expected[key]), abs=TOLERANCE[torch.float32]), key
+
+
 @pytest.mark.parametrize("plan", [0, 1], ids=["hybrid", "sparse"])
 @pytest.mark.parametrize("layout", [ALONE, *LAYOUTS])
 def test_every_layout_and_rank_sees_the_same(found, layout, plan):
-    expected = found[0]["records"][ALONE][plan]
     for rank in found:
-        record = rank["records"][layout][plan]
-        assert record.keys() == expected.keys()
-        for key in expected.keys() - {"gate/seconds"}:
-            assert numbers(record[key]) == pytest.approx(numbers(expected[key]), abs=TOLERANCE[torch.float32]), key
+        assert_same_record(rank["records"][layout][plan], found[0]["records"][ALONE][plan])
+
+
+@pytest.mark.parametrize("plan", [0, 1], ids=["hybrid", "sparse"])
+@pytest.mark.parametrize("layout", [ALONE, *PADDED_LAYOUTS])
+def test_padding_is_never_seen(found_of_padded, layout, plan):
+    expected = found_of_padded[0][ALONE][plan]
+    assert 0 < expected["gate/choice"][0] < 1
+    for rank in found_of_padded:
+        assert_same_record(rank[layout][plan], expected)
 
 
 def test_full_layers_have_a_density_but_no_gate(found):

@@ -13,26 +13,40 @@ RING, ALL_TO_ALL = ["parallel.context_strategy=ring"], ["parallel.context_strate
 # The options of the gate, one of which has weights; they start from a checkpoint without them.
 FORCED = ["attention.force_first_block=true", "attention.force_previous_block=true", "attention.top_k=4"]
 GATE = [*FORCED, "attention.share_picks_in_group=true", "attention.key_conv=3"]
+# Lengths that no layout here divides; of the short one the last of four context ranks holds padding alone.
+ODD = ["train.sequence_length=121"]
+SHORT = ["train.sequence_length=17", "attention.block_size=2", "attention.key_conv=3"]
 # Query and key norms, an output layer of its own: what Qwen3 has and Llama has not.
 QWEN3 = ("model.qk_norm=true", "model.tie_embeddings=false")
 
 # One process, by what a layout's name begins with; "plain" for all others.
-ONE = {"plain": [], "concatenated rows": ["data.mode=concatenated"], "gate options": GATE}
+ONE = {
+    "plain": [],
+    "concatenated rows": ["data.mode=concatenated"],
+    "gate options": GATE,
+    "odd rows": ODD,
+    "short rows": SHORT,
+}
 ONE_OF_QWEN3 = {"qwen3": []}
 TWO_RANKS = {
     "context, balanced by document": [*CONTEXT, "parallel.context_layout=balanced", "parallel.gather_heads=1"],
     "concatenated rows, context": ["data.mode=concatenated", *CONTEXT, "parallel.full_context_strategy=ring"],
     "pipeline, overlapped": [*PIPELINE, "parallel.overlap_grad_reduce=true", "parallel.recompute=selective"],
     "gate options, tensor and sequence": [*GATE, *SEQUENCE],
+    "odd rows, context": [*ODD, *CONTEXT],
+    "odd rows, context, ring": [*ODD, *CONTEXT, *RING],
+    "odd rows, context, all to all": [*ODD, *CONTEXT, *ALL_TO_ALL, "parallel.context_layout=balanced"],
+    "odd rows, tensor and sequence": [*ODD, *SEQUENCE],
 }
 TWO_RANKS_OF_QWEN3 = {"qwen3, tensor and sequence": SEQUENCE, "qwen3, pipeline": PIPELINE}
 FOUR_RANKS = {
-    "tensor, sequence, context": [*SEQUENCE, *CONTEXT],
-    "tensor, pipeline interleaved": ["parallel.tensor=2", *PIPELINE, "parallel.virtual_pipeline=2"],
     "gate options, context of four": [*GATE, *FOUR, *ALL_TO_ALL, "parallel.recompute=full"],
     "context of four, full by ring": [*FOUR, "parallel.gather_heads=1", "parallel.full_context_strategy=ring"],
-    "pipeline, context, all to all": [*PIPELINE, *CONTEXT, *ALL_TO_ALL, "parallel.context_overlap=false"],
     "data, context, ring": [*CONTEXT, *RING],
+    "odd rows, tensor, sequence, context": [*ODD, *SEQUENCE, *CONTEXT],
+    "odd rows, tensor, sequence, pipeline interleaved": [*ODD, *SEQUENCE, *PIPELINE, "parallel.virtual_pipeline=2"],
+    "odd rows, pipeline, context": [*ODD, *PIPELINE, *CONTEXT, *ALL_TO_ALL, "parallel.context_overlap=false"],
+    "short rows, context of four, ring": [*SHORT, *FOUR, *RING, "parallel.context_layout=contiguous"],
     "gate options, context of two by two, ring across": [*GATE, *FOUR, "parallel.context_inner=2", *RING],
 }
 

@@ -147,6 +147,13 @@ def test_a_prompt_that_is_not_utf8_is_refused(given, capsys, monkeypatch):
     assert "is not UTF-8" in line
 
 
+def test_fp8_is_refused(folder, monkeypatch, as_if_transformer_engine):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    overrides = ("model.transformer_impl=transformer_engine", "precision=fp8")
+    with pytest.raises(ConfigError, match="precision=bf16"):
+        generate_text(GenerateArguments(str(folder), "Hi", overrides))
+
+
 def test_several_processes_are_refused(folder, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="without torchrun"):

@@ -197,6 +197,15 @@ def test_a_dry_run_shows_every_stage(capsys):
         assert ("moba*29(4096,12), full*3" in table) == (name == "moba_1m")
 
 
+def test_a_dry_run_shows_padding(capsys):
+    layout = ["parallel.context=2", "parallel.tensor=2", "parallel.sequence=true"]
+    assert pretrain(compose(["recipe=tiny", "dry_run=true", "train.sequence_length=1021", *layout])) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "tokens per row │ 1,021, padded to 1,024 " in text
+    assert "tokens per GPU and row │ 512 " in text
+    assert "tokens per step │ 4,084 " in text
+
+
 def test_a_dry_run_shows_every_phase_of_a_schedule(capsys):
     schedule = "attention.schedule=[{fraction: 0.25, top_k: 2}, {fraction: 0.9, pattern: full}]"
     assert pretrain(compose(["recipe=tiny", "dry_run=true", "train.steps=100", schedule])) == 0

@@ -85,6 +85,12 @@ def test_memory_falls_with_every_kind_of_parallelism():
     assert memory_gib(compose(["recipe=128k", "parallel.recompute=none"]), 16)["total"] > total
 
 
+def test_memory_is_that_of_the_padded_row():
+    layout = ["recipe=128k", "parallel.recompute=none"]
+    odd, padded = (memory_gib(compose([*layout, f"train.sequence_length={n}"]), 16) for n in (131063, 131072))
+    assert odd == padded
+
+
 def test_memory_of_context_parallelism_is_that_of_its_strategy():
     def term(*overrides):
         config = compose(["recipe=128k", "parallel.tensor=1", "parallel.sequence=false", *overrides])
