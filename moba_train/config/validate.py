@@ -272,6 +272,12 @@ def _check_training(config: RunConfig) -> None:
         _require(
             config, "optim.decay_steps", optim.schedule != "constant", "a constant schedule has no decay; leave it out"
         )
+        _require(
+            config,
+            "optim.decay_steps",
+            optim.schedule != "wsd" or optim.decay_steps <= train.steps,
+            f"the decay at the end is longer than train.steps={train.steps}; leave it out for a tenth of them",
+        )
     _require(
         config,
         "checkpoint.load_weights_only",
