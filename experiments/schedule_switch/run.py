@@ -184,7 +184,7 @@ def publish(folder: Path) -> None:
     results = json.loads((folder / "results.json").read_text())
     seeds = [{arm: Curve(**curve) for arm, curve in seed.items()} for seed in results["seeds"]]
     switches = [around_switch(seed["hybrid"], seed["moba"]) for seed in seeds]
-    draw(seeds[0], switches[0], folder / "results.png")
+    draw(seeds, switches[0], folder / "results.png")
     (folder / "README.md").write_text(write_page(seeds, switches, results["environment"]))
 
 
@@ -289,15 +289,18 @@ def write_page(seeds: list[Seed], switches: list[Switch], told: dict[str, Any]) 
         "One sigma is the sample standard deviation of the changes of the hybrid's training loss from step to step, "
         f"L_t - L_(t-1), over its last {first.before} steps of MoBA. The criterion takes the largest of the three. "
         "Jump and rise contain the difference between batches; in excess hybrid and MoBA see the same ones.",
-        "![training loss, the same around the switch, and validation loss by position](results.png)",
+        "![training loss of the first seed, the same around the switch, and validation loss by position, mean over "
+        "seeds](results.png)",
         "## Settings of all trainings",
         overrides_block(told["setting"]),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def draw(seed: Seed, switch: Switch, path: Path) -> None:
-    """Training loss of one seed's arms, the same around the switch, and validation loss by position less full's."""
+def draw(seeds: list[Seed], switch: Switch, path: Path) -> None:
+    """Training loss of the first seed's arms, the same around the switch, and validation loss by position less full's,
+    mean over seeds."""
+    seed = seeds[0]
     figure = Figure(figsize=(15, 4.2), layout="tight")
     whole, near, position = figure.subplots(1, 3)
     window = range(max(1, switch.step - 30), min(switch.step + 31, len(seed["full"].losses) + 1))
@@ -306,13 +309,18 @@ def draw(seed: Seed, switch: Switch, path: Path) -> None:
         for axes, steps in ((whole, range(1, len(curve.losses) + 1)), (near, window)):
             axes.plot(list(steps), [curve.losses[t - 1] for t in steps], style, linewidth=1, label=arm)
         centres = [(i + 0.5) / EIGHTHS for i in range(EIGHTHS)]
-        apart = [a - b for a, b in zip(curve.eighths, seed["full"].eighths, strict=True)]
+        means, base = (_mean_losses([each[name] for each in seeds])[1:] for name in (arm, "full"))
+        apart = [a - b for a, b in zip(means, base, strict=True)]
         position.plot(centres, apart, f"o{style}", markersize=4, label=arm)
     position.axhline(POSITION_BOUND, color="0.4", linestyle=":", linewidth=0.8)
-    for axes, title in ((whole, "training"), (near, "around the switch")):
+    for axes, title in ((whole, "training, first seed"), (near, "around the switch, first seed")):
         axes.axvline(switch.step + 0.5, color="0.4", linestyle="--", linewidth=0.8)
         axes.set(xlabel="step", ylabel="training loss (nats per token)", title=title)
-    position.set(xlabel="position in the context", ylabel="validation loss less full's (nats)", title="by position")
+    position.set(
+        xlabel="position in the context",
+        ylabel="validation loss less full's (nats)",
+        title="by position, mean over seeds",
+    )
     for axes in (whole, near, position):
         axes.legend()
     figure.savefig(path, dpi=120)

@@ -1,4 +1,5 @@
-"""Refuse a run that cannot work, before any process group or GPU exists. Standard library only.
+"""Refuse a run that cannot work, before any process group or GPU exists; and what is padded so that it can. Standard
+library only.
 
 Each rule names the key, the value and the remedy. The layer pattern is checked by model/layer_plan.py, files by data/
 and train/checkpoint.py: train/setup.py calls them all.
@@ -72,7 +73,8 @@ def padded_vocab_size(vocab_size: int, tensor: int) -> int:
 
 def padded_length(length: int, config: RunConfig) -> int:
     """Tokens of a row of `length` when it is padded (Batch.pad) so that context parallelism cuts it into two equal
-    chunks a rank, sequence parallel each rank's rows into equal parts, and fp8 multiplies the rows of each."""
+    chunks a rank (whatever the layout, so that another one does not change the batch), sequence parallel each rank's
+    rows into equal parts, and fp8 multiplies the rows of each."""
     parallel = config.parallel
     chunks = 2 * parallel.context if parallel.context > 1 else 1
     parts = parallel.context * (parallel.tensor if parallel.sequence else 1)
@@ -275,8 +277,9 @@ def _check_training(config: RunConfig) -> None:
         _require(
             config,
             "optim.decay_steps",
-            optim.schedule != "wsd" or optim.decay_steps <= train.steps,
-            f"the decay at the end is longer than train.steps={train.steps}; leave it out for a tenth of them",
+            optim.schedule != "wsd" or optim.decay_steps <= train.steps - optim.warmup_steps,
+            f"the final decay does not fit between optim.warmup_steps={optim.warmup_steps} and the end, "
+            f"train.steps={train.steps}; leave it out for a tenth of them",
         )
     _require(
         config,

@@ -31,7 +31,7 @@ class Batch:
     q_positions: torch.Tensor | None = None  # int64 [T], host; global row of each token, None: all of them
 
     def pad(self, length: int) -> Batch:
-        """The whole row with filler up to `length` tokens: a document of its own, without loss.
+        """The whole row, on the host, with filler up to `length` tokens: one document more, without loss.
 
         ValueError for a shard, and for a row that is longer.
         """

@@ -45,15 +45,14 @@ def pack_documents(documents: Sequence[tuple[torch.Tensor, torch.Tensor]], lengt
     places, as its last token is a label only. ValueError where they do not fit.
     """
     sizes = [len(tokens) - 1 for tokens, _ in documents]
-    filler = length - sum(sizes)
-    if filler < 0 or any(size < 1 for size in sizes):
+    if sum(sizes) > length or any(size < 1 for size in sizes):
         raise ValueError(f"documents of {sizes} places do not fit into a row of {length}")
-    blank = torch.zeros(filler, dtype=torch.int64)  # any id would do
-    bounds = torch.tensor([0, *sizes, *([filler] if filler else [])], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    return Batch(
-        tokens=torch.cat([*(tokens[:-1] for tokens, _ in documents), blank]),
-        labels=torch.cat([*(tokens[1:] for tokens, _ in documents), blank]),
-        loss_mask=torch.cat([*(weights[1:] for _, weights in documents), torch.zeros(filler)]),
-        positions=torch.cat([torch.arange(size) for size in (*sizes, filler)]),
-        cu_seqlens=bounds,
+    none = torch.empty(0, dtype=torch.int64)  # a row of no document is all filler
+    filled = Batch(
+        tokens=torch.cat([none, *(tokens[:-1] for tokens, _ in documents)]),
+        labels=torch.cat([none, *(tokens[1:] for tokens, _ in documents)]),
+        loss_mask=torch.cat([none.float(), *(weights[1:] for _, weights in documents)]),
+        positions=torch.cat([none, *(torch.arange(size) for size in sizes)]),
+        cu_seqlens=torch.tensor([0, *sizes], dtype=torch.int32).cumsum(0, dtype=torch.int32),
     )
+    return filled.pad(length)

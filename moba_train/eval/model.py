@@ -26,6 +26,7 @@ from moba_train.config.schema import (
     CheckpointConfig,
     ConfigError,
     LayerOverride,
+    OptimConfig,
     ParallelConfig,
     RunConfig,
     RunDirConfig,
@@ -122,7 +123,7 @@ def find_source(path: str, overrides: list[str]) -> Source:
 
 
 def check_length(config: RunConfig, world_size: int, length: int, key: str) -> None:
-    """ConfigError (about `key`) unless rows of `length` tokens can be laid over `world_size` processes."""
+    """ConfigError unless the configuration serves `world_size` processes, and (about `key`) rows of `length` tokens."""
     train = dataclasses.replace(config.train, sequence_length=length, global_batch_size=world_size)
     try:
         validate(dataclasses.replace(config, train=train), world_size)
@@ -235,7 +236,13 @@ def _attention_of(folder: Path, plan: Plan, attention: AttentionConfig) -> Atten
 def _for_asking(trained: RunConfig, overrides: list[str]) -> RunConfig:
     """The configuration without what only training needs, in one process unless the overrides say otherwise."""
     plain = dataclasses.replace(
-        trained, parallel=ParallelConfig(), run=RunDirConfig(), wandb=WandbConfig(), dry_run=False, world_size=None
+        trained,
+        parallel=ParallelConfig(),
+        optim=OptimConfig(warmup_steps=0),
+        run=RunDirConfig(),
+        wandb=WandbConfig(),
+        dry_run=False,
+        world_size=None,
     )
     config = with_overrides(plain, overrides)
     if config.attention.key_conv != trained.attention.key_conv:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from moba_train import device as devices
 from moba_train.config.schema import ConfigError, RunConfig
 from moba_train.config.stages import stages_of
+from moba_train.config.validate import padded_length
 from moba_train.data.info import dataset_info
 from moba_train.model.layer_plan import describe, layer_plan, plan_phases
 from moba_train.model.rope import describe_rope
@@ -239,6 +240,9 @@ def _announce(run: Run, metrics: Metrics) -> None:
         if step > run.step and later != plan:
             metrics.say(f"  after step {step}: {describe(later)}")
             plan = later
+    length, padded = config.train.sequence_length, padded_length(config.train.sequence_length, config)
+    if padded != length:
+        metrics.say(f"rows of {length} tokens are padded to {padded}, which this layout divides")
     metrics.say(f"rotary embedding: {describe_rope(config.model, config.train.sequence_length)}")
     if run.step:
         metrics.say(f"going on from step {run.step}")

@@ -146,10 +146,10 @@ class _Watch:
 
     def __call__(self, module: CoreAttention, q_THD: Tensor, k_TGD: Tensor, seq: SequenceInfo) -> None:
         if seq not in self.held:
-            cu_seqlens, rows = self.rows[len(self.held)].cu_seqlens, seq.q_positions
-            if rows is not None:
-                rows = rows[rows < cu_seqlens[-1]]
-            self.held[seq] = SequenceInfo(cu_seqlens, rows, rows)
+            cu_seqlens, positions = self.rows[len(self.held)].cu_seqlens, seq.q_positions
+            if positions is not None:
+                positions = positions[positions < cu_seqlens[-1]]
+            self.held[seq] = SequenceInfo(cu_seqlens, positions, positions)
         layer, held = module.layer, self.held[seq]
         if layer.kind is not LayerKind.MOBA:
             return

@@ -47,7 +47,7 @@ def build_scheduler(config: RunConfig, optimizer: MegatronOptimizer) -> Optimize
     optim, steps = config.optim, config.train.steps
     options: dict[str, Any] = {"lr_decay_style": optim.schedule, "lr_decay_steps": steps}
     if optim.schedule == "wsd":
-        decay = optim.decay_steps or max(1, round(_WSD_DECAY_SHARE * steps))
+        decay = optim.decay_steps or min(max(1, round(_WSD_DECAY_SHARE * steps)), steps - optim.warmup_steps)
         options |= {"lr_decay_style": "WSD", "wsd_decay_steps": decay, "lr_wsd_decay_style": "cosine"}
     elif optim.schedule == "cosine":
         options["lr_decay_steps"] = optim.decay_steps or steps

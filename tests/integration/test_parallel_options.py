@@ -40,6 +40,7 @@ TWO_RANKS = {
 }
 TWO_RANKS_OF_QWEN3 = {"qwen3, tensor and sequence": SEQUENCE, "qwen3, pipeline": PIPELINE}
 FOUR_RANKS = {
+    "tensor, pipeline interleaved": ["parallel.tensor=2", *PIPELINE, "parallel.virtual_pipeline=2"],
     "gate options, context of four": [*GATE, *FOUR, *ALL_TO_ALL, "parallel.recompute=full"],
     "context of four, full by ring": [*FOUR, "parallel.gather_heads=1", "parallel.full_context_strategy=ring"],
     "data, context, ring": [*CONTEXT, *RING],

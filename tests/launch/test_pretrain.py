@@ -75,6 +75,8 @@ def test_two_ranks_stop_on_sigterm_and_resume_to_the_end(data, tmp_path):
         *PRETRAIN,
         f"data.path={data}",
         f"run.dir={run}",
+        "parallel.context=2",
+        "train.sequence_length=127",
         "train.validate_every=2",
         "metrics.gate_every=2",
     ]
@@ -91,6 +93,7 @@ def test_two_ranks_stop_on_sigterm_and_resume_to_the_end(data, tmp_path):
     assert code == 0, text
     assert f"going on from step {stopped}" in text
     for line in (
+        "rows of 127 tokens are padded to 128",
         "validation loss, nats per byte",
         "a unigram model",
         "peak memory",
