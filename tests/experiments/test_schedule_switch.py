@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from experiments.schedule_switch import run as experiment
-from experiments.schedule_switch.run import Curve, around_switch, publish, read_curve
+from experiments.schedule_switch.page import Curve, _reading, around_switch, publish, read_curve
 from moba_train.config.compose import compose
 from moba_train.config.validate import validate
 from moba_train.model.layer_plan import LayerAttention, LayerKind, plan_phases
@@ -71,8 +71,8 @@ def test_the_page_says_whether_the_expectations_are_met(tmp_path, bump, last_eig
 
 
 def test_the_page_says_what_it_cannot_tell():
-    assert experiment._reading(0.05, 0.001) == []
-    below, chance = experiment._reading(-0.05, 0.04)
+    assert _reading(0.05, 0.001) == []
+    below, chance = _reading(-0.05, 0.04)
     assert "MoBA alone ends below full attention" in below
     assert "end up 0.040 apart" in chance
 
