@@ -230,7 +230,7 @@ def _refuse_sliding_window(values: Mapping[str, Any], family: Family, key: str) 
     if not isinstance(kinds, list):
         raise ConfigError(f"{key}: layer_types", kinds, "must be a list of the layers' kinds; fetch config.json again")
     if any(kind != "full_attention" for kind in kinds):
-        raise ConfigError(f"{key}: layer_types", sorted(set(kinds)), remedy)
+        raise ConfigError(f"{key}: layer_types", kinds, remedy)
     if window is None or window >= longest or not merged.get("use_sliding_window", True) or kinds:
         return
     if merged.get("max_window_layers", 0) >= values["num_hidden_layers"]:
@@ -259,7 +259,7 @@ def _parse_rope(values: Mapping[str, Any], key: str) -> tuple[float, dict[str, A
     base = fields.pop("rope_theta", None) or values.get("rope_theta") or 10000.0
     if not isinstance(base, int | float) or not 0 < base < math.inf:
         raise ConfigError(f"{key}: rope_theta", base, "must be a positive number; fetch config.json again")
-    if kind not in ROPE_FIELDS:
+    if not isinstance(kind, str) or kind not in ROPE_FIELDS:
         raise ConfigError(f"{key}: {where}", kind, f"rope type not known; known are {', '.join(ROPE_FIELDS)}")
     needed, optional = ROPE_FIELDS[kind]
     if "original_max_position_embeddings" in needed:

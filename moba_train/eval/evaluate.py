@@ -60,8 +60,6 @@ def evaluate(arguments: EvaluateArguments) -> int:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     for length in lengths:
         check_length(source.config, world_size, length, "--lengths")
-    if arguments.context is not None:
-        check_length(source.config, world_size, arguments.context, "--context")
     documents = _documents(arguments, source)
     chosen = {}
     if "position" in arguments.tasks:

@@ -125,9 +125,9 @@ def stop_ids(source: Source, tokenizer_folder: Path, tokenizer: Tokenizer) -> se
         if file.is_file():
             try:
                 found = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-            except (ValueError, AttributeError) as error:
+                stop |= {int(token) for token in (found if isinstance(found, list) else [found] * (found is not None))}
+            except (ValueError, AttributeError, TypeError) as error:
                 raise ConfigError("generation_config.json", str(file), f"is damaged ({error}); mend it") from None
-            stop |= set(found if isinstance(found, list) else [] if found is None else [found])
     return stop
 
 

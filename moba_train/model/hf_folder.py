@@ -109,7 +109,7 @@ def _weight_map(folder: Path, key: str) -> dict[str, str]:
             raise ConfigError(key, str(folder), remedy)
         if any(Path(file).name != file for file in weight_map.values()):
             raise ConfigError(key, str(folder), f"{_INDEX} names a file outside the folder; fetch it again")
-        return {str(name): str(file) for name, file in weight_map.items()}
+        return weight_map
     if (folder / _SINGLE).is_file():
         return {}
     pickled = sorted(file.name for pattern in _PICKLED for file in folder.glob(pattern))

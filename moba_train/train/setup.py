@@ -164,8 +164,10 @@ def _check_backend(config: RunConfig, key: str, name: str, on_gpu: bool) -> None
         refusal = flash_library.refusal_early(dtype, config.model.head_dim, gpu)
         if refusal is not None:
             raise ConfigError(key, name, f"{refusal}; choose auto")
-    if config.attention.deterministic and on_gpu and not kernels and name != "auto":
-        raise ConfigError(key, name, "adds gradients by atomics on a GPU; attention.deterministic needs another")
+    large = config.model.head_dim > LARGEST_HEAD_DIM_ON_GPU
+    if config.attention.deterministic and on_gpu and not kernels and (name != "auto" or large):
+        who = f"what serves head dim {config.model.head_dim}" if name == "auto" else name
+        raise ConfigError(key, name, f"{who} adds gradients by atomics on a GPU; leave attention.deterministic out")
 
 
 def setup(config: RunConfig, stage: Stage | None = None) -> Run:

@@ -168,6 +168,7 @@ def test_what_is_left_of_the_world_is_data_parallel():
     ids=str,
 )
 def test_rows_are_padded_to_divide(layout, lengths):
+    layout = dict(layout)
     precision = layout.pop("precision", "bf16")
     for length, padded in lengths.items():
         assert padded_length(length, RunConfig(precision=precision, parallel=ParallelConfig(**layout))) == padded

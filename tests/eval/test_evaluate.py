@@ -19,7 +19,7 @@ LAYOUT = ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]  # of the checkp
 LENGTHS, CONTEXT = (191, 256), 95  # 191 and 95 do not divide among context ranks
 
 
-def _evaluate(root, name, *overrides):
+def _evaluate(root, name, *overrides, model="run"):
     """evaluation.json of one call in this process group, which stays."""
     from megatron.core import parallel_state
 
@@ -27,7 +27,7 @@ def _evaluate(root, name, *overrides):
 
     module.close = parallel_state.destroy_model_parallel
     arguments = module.EvaluateArguments(
-        checkpoint=str(root / "run"),
+        checkpoint=str(root / model),
         output=str(root / "evaluation" / name),
         overrides=overrides,
         lengths=LENGTHS,
@@ -47,6 +47,7 @@ def _two_ranks(rank, world_size, data, root):
     from moba_train.eval.generation import Sampler, generate
     from moba_train.eval.model import find_source, open_model
     from moba_train.eval.scoring import document_row, score
+    from moba_train.train.convert import core_to_hf
     from moba_train.train.setup import preflight, setup
     from moba_train.train.step import validate_model
 
@@ -70,6 +71,10 @@ def _two_ranks(rank, world_size, data, root):
     parallel_state.destroy_model_parallel()
     _evaluate(root, "data")
     _evaluate(root, "context", "parallel.context=2")
+    if rank == 0:
+        core_to_hf(root / "run", root / "exported")
+    torch.distributed.barrier()
+    _evaluate(root, "exported", f"data.path={data}", model="exported")
     _evaluate(root, "scaled", "model.rope_scaling.rope_type=linear", "model.rope_scaling.factor=4")
     return {"validation": validation, "scored": scored, "hits": hits}
 
@@ -104,10 +109,11 @@ def test_an_exact_match_is_what_greedy_decoding_would_write(found):
     assert wrong[3] is False
 
 
-def test_whole_rows_and_shards_of_rows_measure_the_same(root, found):
-    expected, actual = report(root, "data"), report(root, "context")
+@pytest.mark.parametrize("other, context", [("context", 2), ("exported", 1)])
+def test_shards_of_rows_and_the_exported_folder_measure_the_same(root, found, other, context):
+    expected, actual = report(root, "data"), report(root, other)
     assert expected["layout"] == {"tensor": 1, "context": 1, "data": 2}
-    assert actual["layout"] == {"tensor": 1, "context": 2, "data": 1}
+    assert actual["layout"] == {"tensor": 1, "context": context, "data": 2 // context}
     for theirs, ours in zip(expected["loss_by_position"], actual["loss_by_position"], strict=True):
         assert (ours["length"], ours["documents"]) == (theirs["length"], theirs["documents"])
         assert ours["by_position"] == pytest.approx(theirs["by_position"], rel=LOSS_RTOL)

@@ -25,6 +25,7 @@ YARN = [
     "model.rope_scaling.factor=4.0",
     "model.rope_scaling.original_max_position_embeddings=32",
 ]
+DYNAMIC = ["model.rope_scaling.rope_type=dynamic", "model.rope_scaling.factor=4.0"]
 TWO_RANKS = {
     "tensor": ["parallel.tensor=2"],
     "pipeline": ["parallel.pipeline=2"],
@@ -82,9 +83,11 @@ def _in_one_process(rank, world_size, data, root, folder, tokens):
         load = [f"checkpoint.load={root / 'direct-one'}", "checkpoint.load_weights_only=true"]
         found["said"][name] = _said(config_of(data, root / f"said-{name}", *load, *shape, *overrides))
     found["logits"] = {}
-    for name in ("one", "tensor", "pipeline"):
+    dynamic = config_of(data, root / "direct-dynamic", f"checkpoint.init_from_hf={folder}", *DYNAMIC)
+    losses(dynamic, 2, save=True)
+    for name, rope in {"one": YARN, "tensor": YARN, "pipeline": YARN, "dynamic": DYNAMIC}.items():
         load = [f"checkpoint.load={root / f'direct-{name}'}", "checkpoint.load_weights_only=true"]
-        found["logits"][name] = _core_logits(config_of(data, root / f"logits-{name}", *load, *shape, *YARN), tokens)
+        found["logits"][name] = _core_logits(config_of(data, root / f"logits-{name}", *load, *shape, *rope), tokens)
     return found
 
 
@@ -147,6 +150,14 @@ def test_a_trained_run_is_exported_and_is_the_same_model_in_transformers(layout,
     assert (back / "tokenizer.json").is_file()
     assert "yarn" in checkpoint_folder.read_metadata(run / "checkpoints" / "step_00000002").rope
     assert_close(started["logits"][layout], hf_logits(back, TOKENS, [len(TOKENS)]), torch.float32)
+
+
+def test_a_run_with_dynamic_scaling_is_exported_with_the_base_that_it_trained_with(started, root):
+    core_to_hf(root / "direct-dynamic", root / "back-dynamic")
+    rope = json.loads((root / "back-dynamic" / "config.json").read_text())["rope_parameters"]
+    assert rope["rope_type"] == "default"
+    assert rope["rope_theta"] > 10000
+    assert_close(started["logits"]["dynamic"], hf_logits(root / "back-dynamic", TOKENS, [len(TOKENS)]), torch.float32)
 
 
 def test_another_rotary_embedding_or_norm_than_the_checkpoints_is_said(started):

@@ -85,6 +85,16 @@ def test_it_writes_what_transformers_writes(folder):
     assert "Traceback" not in said
 
 
+def test_a_core_checkpoint_writes_what_its_folder_writes(folder, tmp_path):
+    converted = run("launch/convert.py", "hf-to-core", str(folder), str(tmp_path / "core"))
+    assert converted.returncode == 0, converted.stderr.decode()
+    written = [
+        run("launch/generate.py", str(x), "--max-tokens", "20", text=PROMPT) for x in (folder, tmp_path / "core")
+    ]
+    assert [result.returncode for result in written] == [0, 0], written[1].stderr.decode()
+    assert written[0].stdout == written[1].stdout != b""
+
+
 def test_a_character_is_written_whole_or_at_the_end(folder):
     tokenizer = load_tokenizer(folder)
     ids = tokenizer.encode(PROMPT + "🦉")

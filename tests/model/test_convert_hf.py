@@ -34,8 +34,9 @@ LAYOUTS = {
     "pipeline": ParallelConfig(pipeline=2),
     "context": ParallelConfig(context=2),
     "context, ring": ParallelConfig(context=2, context_strategy="ring"),
+    "context, all to all": ParallelConfig(context=2, context_strategy="all_to_all"),
 }
-IN_ALL_LAYOUTS = ("llama, tied", "qwen2", "qwen3", "rope yarn", "rope dynamic", "rope longrope", "odd vocabulary")
+FAMILY_NAMES, OTHERS = tuple(FAMILIES), (*(f"rope {name}" for name in ROPE), "odd vocabulary")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,8 +163,9 @@ def test_every_family_and_scaling_in_one_process(cases, expected):
     assert all((a - b).abs().max() > 1e-2 for at, a in enumerate(llamas) for b in llamas[:at])
 
 
-def test_every_layout_of_two_ranks(cases, expected):
-    some = {name: cases[name] for name in IN_ALL_LAYOUTS}
+@pytest.mark.parametrize("names", [FAMILY_NAMES, OTHERS], ids=["families", "others"])
+def test_every_layout_of_two_ranks(cases, expected, names):
+    some = {name: cases[name] for name in names}
     results = run_distributed(_all_logits, 2, some, LAYOUTS)
     found = {key: _joined([rank[key] for rank in results]) for key in results[0]}
     assert len(found) == len(some) * len(LAYOUTS)

@@ -22,6 +22,7 @@ from moba_train.train import setup
         ({"deterministic": True}, {}, "portable", "deterministic"),
         ({"deterministic": True}, {}, "triton", None),
         ({"deterministic": True}, {}, "auto", None),
+        ({"deterministic": True}, {"head_dim": 512}, "auto", "deterministic"),
         ({}, {}, "portable", None),
     ],
 )
