@@ -135,7 +135,7 @@ def _measure(rank, world_size, small, large, out):
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak can be reset on Linux alone")
 def test_peak_memory_is_about_a_shard_and_a_layer(sharded, tmp_path):
-    """MiB above what was in use before: of a model of 16 shards and layers of 12 MiB, less than half is ever held."""
+    """MiB above what was in use before, of a model of 16 shards and layers of 12 MiB: 53 were measured."""
     layers, width, ffn = 16, 512, 3584
     fields = {
         **{"model_type": "llama", "vocab_size": 64, "hidden_size": width, "intermediate_size": ffn},
@@ -161,5 +161,5 @@ def test_peak_memory_is_about_a_shard_and_a_layer(sharded, tmp_path):
     total = sum(file.stat().st_size for file in large.glob("*.safetensors")) / 2**20
     assert total > 190
     (peaks,) = run_distributed(_measure, 1, sharded, large, tmp_path)  # a process of its own
-    assert 12 < max(peaks) < total / 2, f"{peaks} of {total} MiB"
+    assert 12 < max(peaks) < 6 * 12, f"{peaks} of {total} MiB"
     assert_same_weights(tensors_of(tmp_path / "large-back"), tensors_of(large))
