@@ -5,7 +5,8 @@
 Every backend is first held to fp64 on a small case of its setting, and one that fails is not timed; these checks run
 side by side, which also compiles the kernels. Rows of deterministic gradients come at `--deterministic` lengths, those
 of every kernel captured into CUDA graphs (no host to wait for) at `--graphs` lengths, and those of decoding and chunked
-prefill over `--serving` keys at the end. `--budget` (seconds, checks included) takes
+prefill over `--serving` keys at the end, with full attention to
+packed documents and by a context-parallel rank of `--documents` queries. `--budget` (seconds, checks included) takes
 repetitions away where time is short, never rows. A row that runs out of memory says so. Writes
 attention_<device>_<date>.csv, .md and .png.
 """
@@ -26,6 +27,7 @@ import time
 from pathlib import Path
 
 import torch
+from attention_documents import documents
 from attention_report import Row, line, write
 from attention_serving import serving
 from attention_shapes import (
@@ -80,6 +82,10 @@ def main() -> None:
         print(served, flush=True)
         sections.append(served)
         write(rows, sections, options.out)
+    if options.documents:
+        sections.append(documents(bench.full_backends(), options.documents))
+        print(sections[-1], flush=True)
+        write(rows, sections, options.out)
     print("\n\n".join(bench.sections()))
 
 
@@ -133,6 +139,10 @@ class Bench:
                 )
             )
         return rows
+
+    def full_backends(self) -> list[str]:
+        """Of full attention: those whose checks passed, and PyTorch's."""
+        return [b for b in ("flash", "triton") if any(b in found for found in self.moba.values())] + ["sdpa"]
 
     def sections(self) -> list[str]:
         """Markdown after the table: rates of the kernels alone."""
@@ -378,6 +388,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--deterministic", nargs="*", type=int, default=[32 * K, 128 * K], help="lengths of its rows")
     parser.add_argument("--graphs", nargs="*", type=int, default=[8 * K], help="lengths of rows in CUDA graphs")
     parser.add_argument("--serving", type=int, default=128 * K, help="keys of decoding and chunked prefill; 0: none")
+    parser.add_argument("--documents", type=int, default=64 * K, help="queries of full attention by batch; 0: none")
     parser.add_argument("--budget", type=float, default=420, help="seconds in all, checks included")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--check", help=argparse.SUPPRESS)

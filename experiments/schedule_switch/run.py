@@ -161,8 +161,8 @@ def _overrides(setting: Setting, steps: int, data: Path) -> list[str]:
         f"attention.block_size={setting.block_size}",
         "attention.top_k=3",
         "attention.dense_last_layers=0",
-        "optim.schedule=wsd",  # at nine tenths half of the peak rate is left to learn full attention with
-        f"optim.decay_steps={max(1, steps // 5)}",
+        "optim.schedule=wsd",  # the decay begins at the switch: full attention is learned from the peak rate down
+        f"optim.decay_steps={max(1, steps // 10)}",
         "metrics.gate_every=0",
         f"metrics.position_buckets={EIGHTHS}",
         f"checkpoint.save_every={max(1, steps // 4)}",

@@ -6,7 +6,6 @@ The numbers are those of benchmarks/results; a new device or kernel means pastin
 from __future__ import annotations
 
 import math
-from functools import cache
 from typing import NamedTuple
 
 __all__ = ["MEASURED", "Measured", "moba_backend"]
@@ -67,12 +66,7 @@ def moba_backend(block_size: int, length: int, queries: int) -> str:
     if queries <= FEW_QUERIES < length:
         return "triton"
 
-    return _nearest(block_size, length).fastest
-
-
-@cache  # asked at every call of the op
-def _nearest(block_size: int, length: int) -> Measured:
     def distance(row: Measured) -> float:
         return abs(math.log(row.block_size / block_size)) + abs(math.log(row.length / max(1, length)))
 
-    return min(MEASURED, key=distance)
+    return min(MEASURED, key=distance).fastest

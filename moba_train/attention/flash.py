@@ -15,9 +15,7 @@ T query tokens, S held key rows, H query heads, G key heads, D head dim, N block
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,8 +23,9 @@ from torch.autograd.function import once_differentiable
 
 from moba_train.attention import flash_library, varlen
 from moba_train.attention.custom_op import custom_op
+from moba_train.attention.flash_staging import BackwardQueries, groups_of
 from moba_train.attention.kernels.backward import row_terms
-from moba_train.attention.kernels.gather import gather, merge_parts, sum_parts
+from moba_train.attention.kernels.gather import gather, merge_parts
 from moba_train.attention.kernels.moba import dense_rows, forward_inputs, is_deterministic, moba_forward
 from moba_train.attention.kernels.routing import PairLists, route
 from moba_train.attention.sequence import SequenceInfo, copy_to
@@ -34,28 +33,7 @@ from moba_train.attention.varlen import VarlenCall
 
 __all__ = ["full_attention", "moba_attention"]
 
-# Bytes staged at a time, in multiples of q's, to need little more than a dense backward's fp32 dq, dk and dv.
-_STAGING = 3.0
-_STAGING_FLOOR = 256 * 2**20
 _SUMMED_AT_ONCE = 4  # pieces whose dk and dv wait, in the inputs' dtype, to be added up in fp32, in one pass
-_MOST_ELEMENTS = 2**30  # of a staged tensor: far from what 32 bits count
-
-
-class _Group(NamedTuple):
-    """A few key heads as one after the other, and which (tokens, query heads) are staged at a time."""
-
-    k: Tensor  # [size * S, 1, D]
-    v: Tensor
-    keys: Tensor  # int32: bounds of all heads' blocks
-    key_heads: slice
-    size: int
-    num_blocks: int
-    pieces: list[tuple[slice, slice]]
-
-    def sizes(self, piece: tuple[slice, slice], block_size: int) -> dict[str, Any]:
-        # A row picks a block once, so a list holds no more than the rows of its key head.
-        tokens, heads = (len(range(part.start, part.stop, part.step or 1)) for part in piece)
-        return {"max_queries": tokens * heads // self.size, "max_keys": block_size, "causal": False}
 
 
 def full_attention(
@@ -168,14 +146,14 @@ def _forward(
     if picks_THK is None or picks_THK.shape[2] == 1 or out_THD.numel() == 0 or k_SGD.numel() == 0:
         return out_THD, lse_TH
     assert key_bounds is not None
-    for group in _groups(q_THD, picks_THK, k_SGD, v_SGD, key_bounds, rows_staged=2):
+    for group in groups_of(q_THD, picks_THK, k_SGD, key_bounds, backward=False):
+        k_S1D, v_S1D, keys = group.keys_of(k_SGD, v_SGD, key_bounds)
         for at in group.pieces:
             lists = route(picks_THK[at], group.size, group.num_blocks, places=True)
             (q_PD,) = gather(lists, picks_THK.shape[2], q_THD[at])
             parts_PHD, lses_HP = flash_library.forward(
-                q_PD[:, None], group.k, group.v, _queries(lists), group.keys, **group.sizes(at, block_size),
-                scale=scale,
-            )  # fmt: skip
+                q_PD[:, None], k_S1D, v_S1D, _queries(lists), keys, **group.sizes(at, block_size), scale=scale
+            )
             merge_parts(out_THD[at], lse_TH[at], parts_PHD[:, 0], lses_HP[0], lists)
             del q_PD, parts_PHD, lses_HP, lists  # before the next slice's are allocated
     return out_THD, lse_TH
@@ -226,70 +204,32 @@ def _backward(
         return dq_THD, dk_SGD, dv_SGD
     _, delta_TH = row_terms(dout_THD, dlse_TH, out_THD, lse_TH)
     assert key_bounds is not None
-    for group in _groups(q_THD, picks_THK, k_SGD, v_SGD, key_bounds, rows_staged=4):
+    groups = groups_of(q_THD, picks_THK, k_SGD, key_bounds, backward=True)
+    queries = BackwardQueries(q_THD, dq_THD, picks_THK, groups, deterministic)
+    for group in groups:
+        k_S1D, v_S1D, keys = group.keys_of(k_SGD, v_SGD, key_bounds)
         totals: list[Tensor] = []
         for first in range(0, len(group.pieces), _SUMMED_AT_ONCE):
             pieces = group.pieces[first : first + _SUMMED_AT_ONCE]
-            parts_nS1D = [group.k.new_empty(len(pieces), *group.k.shape) for _ in range(2)]
+            parts_nS1D = [k_S1D.new_empty(len(pieces), *k_S1D.shape) for _ in range(2)]
             for number, at in enumerate(pieces):
-                lists = route(picks_THK[at], group.size, group.num_blocks, deterministic=deterministic, places=True)
-                rows = (tensor[at] for tensor in (q_THD, dout_THD, lse_TH, delta_TH))
-                q_PD, dout_PD, lse_P, minus_delta_P = gather(lists, picks_THK.shape[2], *rows)
+                q_PD, lists = queries.next()
+                rows = (tensor[at] for tensor in (dout_THD, lse_TH, delta_TH))
+                dout_PD, lse_P, minus_delta_P = gather(lists, picks_THK.shape[2], *rows)
                 dk_S1D, dv_S1D = (parts[number] for parts in parts_nS1D)
                 flash_library.backward(
-                    dout_PD[:, None], minus_delta_P[None], q_PD[:, None], group.k, group.v, None, lse_P[None],
-                    _queries(lists), group.keys, **group.sizes(at, block_size), **options, dq_PHD=q_PD[:, None],
+                    dout_PD[:, None], minus_delta_P[None], q_PD[:, None], k_S1D, v_S1D, None, lse_P[None],
+                    _queries(lists), keys, **group.sizes(at, block_size), **options, dq_PHD=q_PD[:, None],
                     dk_SGD=dk_S1D, dv_SGD=dv_S1D,
                 )  # fmt: skip
-                sum_parts(dq_THD[at], q_PD, lists)
+                queries.beside()
                 del q_PD, dout_PD, lists  # before the next slice's are allocated
             sums = [parts.sum(0, dtype=torch.float32) for parts in parts_nS1D]
             totals = [total.add_(part) for total, part in zip(totals, sums, strict=True)] if totals else sums
         for grad_SGD, total_S1D in zip((dk_SGD, dv_SGD), totals, strict=True):
-            grad_SGD[:, group.key_heads] += total_S1D.view(group.size, -1, group.k.shape[-1]).transpose(0, 1)
+            grad_SGD[:, group.key_heads] += total_S1D.view(group.size, -1, total_S1D.shape[-1]).transpose(0, 1)
+    queries.end()
     return dq_THD, dk_SGD, dv_SGD
-
-
-def _groups(
-    q_THD: Tensor, picks_THK: Tensor, k_SGD: Tensor, v_SGD: Tensor, key_bounds: Tensor, *, rows_staged: int
-) -> Iterator[_Group]:
-    """Key heads, and the parts of their queries whose staged rows, `rows_staged` of q's rows a pair, fit the budget."""
-    num_tokens, num_heads, head_dim = q_THD.shape
-    num_keys, num_key_heads, _ = k_SGD.shape
-    ratio = num_heads // num_key_heads
-    row_bytes = q_THD.element_size() * head_dim
-    budget = max(_STAGING_FLOOR, _STAGING * q_THD.numel() * q_THD.element_size())
-    most_pairs = min(budget // (rows_staged * row_bytes + 32), _MOST_ELEMENTS // head_dim)
-    pairs = num_tokens * (picks_THK.shape[2] - 1)  # of a query head
-    # One query head each of many key heads rather than many of one: more and shorter lists keep all multiprocessors at
-    # work. And part of the heads rather than of the tokens: the first tokens see few blocks.
-    size = _even(num_key_heads, most_pairs / pairs)
-    step = _even(ratio, most_pairs / (pairs * size))  # query heads of each key head
-    if size > 1 and step < ratio:
-        step = 1  # so that a slice says which
-    tokens_step = _even(num_tokens, num_tokens * most_pairs / (pairs * size * step))
-    for first in range(0, num_key_heads, size):
-        key_heads = slice(first, min(first + size, num_key_heads))
-        count = key_heads.stop - first
-        k, v = (
-            tensor[:, key_heads].transpose(0, 1).reshape(count * num_keys, 1, head_dim) for tensor in (k_SGD, v_SGD)
-        )
-        starts = torch.arange(count, dtype=torch.int32, device=k.device)[:, None] * num_keys + key_bounds[:-1]
-        keys = torch.cat([starts.flatten(), starts.new_full((1,), count * num_keys)])
-        last = key_heads.stop * ratio
-        if count > 1 and step == 1:
-            heads = [slice(first * ratio + r, last, ratio) for r in range(ratio)]
-        else:
-            heads = [slice(h, min(h + count * step, last)) for h in range(first * ratio, last, count * step)]
-        pieces = [
-            (slice(t, min(t + tokens_step, num_tokens)), h) for h in heads for t in range(0, num_tokens, tokens_step)
-        ]
-        yield _Group(k, v, keys, key_heads, count, key_bounds.shape[0] - 1, pieces)
-
-
-def _even(total: int, most: float) -> int:
-    """The step of at most `most` (and at least 1) that cuts `total` into parts of about one size."""
-    return math.ceil(total / math.ceil(total / max(1, min(total, int(most)))))
 
 
 def _queries(lists: PairLists) -> Tensor:

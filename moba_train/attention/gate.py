@@ -15,11 +15,10 @@ N blocks, K = top_k picks, n candidate blocks of a chunk.
 
 from __future__ import annotations
 
-import importlib
-
 import torch
 from torch import Tensor
 
+from moba_train.attention.lazy import load
 from moba_train.attention.precision import accumulator
 from moba_train.attention.sequence import BlockTable, SequenceInfo
 
@@ -36,7 +35,7 @@ def block_sums(k_SGD: Tensor, seq: SequenceInfo, block_size: int) -> Tensor:
     With `k_positions` these are partial sums: added over the holders of all rows they are the sums of the whole blocks.
     """
     if k_SGD.device.type == "cuda":
-        return importlib.import_module("moba_train.attention.kernels.gate").block_sums(k_SGD, seq, block_size)
+        return load("moba_train.attention.kernels.gate", "block_sums")(k_SGD, seq, block_size)
     table = seq.blocks(block_size)
     blocks = table.on(k_SGD.device)
     _, num_key_heads, head_dim = k_SGD.shape

@@ -11,7 +11,6 @@ K = top_k picks.
 
 from __future__ import annotations
 
-import importlib
 import logging
 from collections.abc import Callable
 from functools import partial
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from moba_train.attention import choice, flash_library, fused, gate
+from moba_train.attention.lazy import load
 from moba_train.attention.sequence import SequenceInfo
 
 __all__ = [
@@ -76,7 +76,7 @@ _AUTO: dict[str, dict[str, tuple[str, ...]]] = {
 }
 _SLOW_ON_GPU = ("reference", "portable")  # these alone compute fp64 there
 _ATOMICS_ON_GPU = ("reference", "portable", "sdpa")  # their gradients may differ from run to run there
-LARGEST_HEAD_DIM_ON_GPU = 256  # of Triton's kernels, and of PyTorch's in 16 bits
+LARGEST_HEAD_DIM_ON_GPU = 256  # of Triton's kernels
 _NAMES = ("auto", "reference", "portable", "sdpa", "triton", "flash", "mixed")
 _logged: set[tuple[str, str, torch.device, torch.dtype]] = set()
 
@@ -194,7 +194,9 @@ def moba_attention(
     """
     _check_inputs(q_THD, k_SGD, v_SGD, seq)
     _check_sizes(block_size, top_k, 1 + force_first_block + force_previous_block)
-    first = choice.moba_backend(block_size, seq.max_document, seq.num_queries)
+    first = seq.once(
+        ("backend", block_size), lambda: choice.moba_backend(block_size, seq.max_document, seq.num_queries)
+    )
     attend = _attention("moba_attention", backend, q_THD, deterministic, first=first)
     if picks is None:
         if seq.k_positions is not None:
@@ -304,7 +306,7 @@ def _function(op: str, backend: str, q_THD: Tensor) -> Callable[..., Any]:
 
 
 def _load(op: str, name: str) -> Callable[..., Any]:
-    return getattr(importlib.import_module(_BACKENDS[op][name]), op)
+    return load(_BACKENDS[op][name], op)
 
 
 def _choose(op: str, backend: str, q_THD: Tensor, *, first: str | None = None, avoid: tuple[str, ...] = ()) -> str:
@@ -328,8 +330,7 @@ def _choose(op: str, backend: str, q_THD: Tensor, *, first: str | None = None, a
 def _serves(name: str, q_THD: Tensor) -> bool:
     if name in ("flash", "mixed"):
         return flash_library.refusal(q_THD) is None
-    unlimited = name in _SLOW_ON_GPU or (name == "sdpa" and q_THD.dtype == torch.float32)
-    return unlimited or q_THD.device.type == "cpu" or q_THD.shape[2] <= LARGEST_HEAD_DIM_ON_GPU
+    return name != "triton" or q_THD.shape[2] <= LARGEST_HEAD_DIM_ON_GPU
 
 
 def _log_choice(op: str, name: str, q_THD: Tensor) -> None:

@@ -12,12 +12,15 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 __all__ = ["BlockTable", "DenseRun", "DeviceSequence", "KeyWindow", "SequenceInfo", "copy_to"]
+
+
+_Made = TypeVar("_Made")
 
 
 class DeviceSequence(NamedTuple):
@@ -125,9 +128,6 @@ class SequenceInfo:
         self.k_positions = _positions(k_positions, "k_positions", self.num_keys)
         self.num_queries = self.num_keys if self.q_positions is None else len(self.q_positions)
         self.num_held = self.num_keys if self.k_positions is None else len(self.k_positions)
-        self._blocks: dict[int, BlockTable] = {}
-        self._on: dict[torch.device, DeviceSequence] = {}
-        self._windows: dict[tuple[int, torch.device], KeyWindow] = {}
         self._made: dict[Hashable, Any] = {}
 
     def __repr__(self) -> str:
@@ -139,21 +139,20 @@ class SequenceInfo:
     def on(self, device: torch.device | str) -> DeviceSequence:
         """Bounds and positions as tensors on `device`, copied there once."""
         device = torch.device(device)
-        if device not in self._on:
+
+        def build() -> DeviceSequence:
             held = None if self.k_positions is None else copy_to(self.k_positions, device)
-            self._on[device] = DeviceSequence(
-                copy_to(self.cu_seqlens.to(torch.int32), device), copy_to(self._query_rows, device), held
-            )
-        return self._on[device]
+            bounds = self.cu_seqlens.to(torch.int32)
+            return DeviceSequence(copy_to(bounds, device), copy_to(self._query_rows, device), held)
+
+        return self.once(("on", device), build)
 
     def blocks(self, block_size: int, *, skip_first: bool = False) -> BlockTable:
         """Host table of the blocks of `block_size` tokens, counted from each document's start; built once per size.
         With `skip_first` a document's first block is no query's candidate."""
         if skip_first:
             return self.once(("behind the first block", block_size), lambda: self.blocks(block_size).behind_first())
-        if block_size not in self._blocks:
-            self._blocks[block_size] = self._build_blocks(block_size)
-        return self._blocks[block_size]
+        return self.once(("blocks", block_size), lambda: self._build_blocks(block_size))
 
     def window(self, width: int, device: torch.device | str) -> KeyWindow:
         """For a convolution over a key and the `width` - 1 keys before it, on `device`; built once per width.
@@ -161,10 +160,9 @@ class SequenceInfo:
         Raises:
             ValueError: if a query's key, or one of the width - 1 before it in its document, is not held.
         """
-        key = (width, torch.device(device))
-        if key not in self._windows:
-            self._windows[key] = KeyWindow(*(copy_to(x, key[1]) for x in self._build_window(width)))
-        return self._windows[key]
+        device = torch.device(device)
+        key = ("window", width, device)
+        return self.once(key, lambda: KeyWindow(*(copy_to(x, device) for x in self._build_window(width))))
 
     @cached_property
     def runs(self) -> list[DenseRun]:
@@ -176,11 +174,12 @@ class SequenceInfo:
         table = self.blocks(block_size)
         return self._cut(table.own_T, table.held_start_N)
 
-    def once(self, key: Hashable, build: Callable[[], Any]) -> Any:
+    def once(self, key: Hashable, build: Callable[[], _Made]) -> _Made:
         """What `build` makes of this batch, made on the first call with `key` and kept with the batch."""
         if key not in self._made:
-            self._made[key] = build()
-        return self._made[key]
+            self._made[key] = _outside_graphs(build)
+        made: _Made = self._made[key]
+        return made
 
     def _cut(self, part_T: Tensor, first_of_part: Tensor) -> list[DenseRun]:
         # Runs within parts (documents or blocks): query t sees the keys of part_T[t], from held row first_of_part on.
@@ -257,6 +256,14 @@ class SequenceInfo:
             first_T=first_T,
             limit_T=self._held_before(rows + 1),
         )
+
+
+@torch.compiler.disable(
+    reason="tables of a batch are made on the host, on the first use of the batch; run the op once before "
+    "(moba_train/attention/README.md, torch.compile)"
+)
+def _outside_graphs(build: Callable[[], _Made]) -> _Made:
+    return build()
 
 
 def _host_ints(values: Sequence[int] | Tensor, name: str) -> Tensor:

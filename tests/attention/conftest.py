@@ -4,13 +4,14 @@
 
 from __future__ import annotations
 
-import os
 from typing import NamedTuple
 
 import pytest
 import torch
 
 from moba_train.attention import ops
+from tests.helpers import flash_stand_in as stand_in
+from tests.helpers.interpreter import INTERPRETING
 
 
 class Backend(NamedTuple):
@@ -25,7 +26,6 @@ class Backend(NamedTuple):
 
 
 _KERNELS = ("triton", "flash", "mixed")
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _params(op: str, *, cuda: bool = True) -> list[object]:
@@ -35,7 +35,7 @@ def _params(op: str, *, cuda: bool = True) -> list[object]:
             continue
         if name not in _KERNELS:
             params.append(pytest.param(Backend(name, "cpu", (torch.float64, torch.float32)), id=f"{name}-cpu"))
-        elif _INTERPRETED and name == "triton":
+        elif INTERPRETING and name == "triton":
             params.append(pytest.param(Backend(name, "cpu", (torch.float32,)), id=f"{name}-cpu"))
         if name not in ("flash", "mixed"):  # 16-bit only: tested by error against fp64, with the kernels
             absent = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -63,3 +63,29 @@ def gate_backend(request: pytest.FixtureRequest) -> Backend:
 @pytest.fixture(params=_params("convolve_keys"))
 def conv_backend(request: pytest.FixtureRequest) -> Backend:
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def _scalar_loop_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter's scalars are arrays of one element, which NumPy 2.4 no longer turns into loop bounds."""
+    if not INTERPRETING:
+        return
+    from triton.runtime import interpreter
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch(tensor, scope) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch)
+
+
+@pytest.fixture
+def flash_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlashAttention's varlen contract in plain torch, in the dtype of its inputs."""
+    from moba_train.attention import flash_library
+
+    monkeypatch.setattr(flash_library, "refusal", lambda q_THD: None)
+    monkeypatch.setattr(flash_library, "forward", stand_in.forward)
+    monkeypatch.setattr(flash_library, "backward", stand_in.backward)

@@ -5,21 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from moba_train.attention.custom_op import custom_op
-
-
-class Seen(TorchDispatchMode):
-    """Names of the ops that run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func._schema.name)
-        return func(*args, **(kwargs or {}))
+from tests.helpers.ops_called import OpsCalled
 
 
 def _fake(x: Tensor, _factor: int) -> Tensor:
@@ -38,9 +26,9 @@ def test_the_function_is_called_itself_in_eager_mode() -> None:
 
 def test_a_dispatch_mode_sees_the_op() -> None:
     x = torch.ones(3)
-    with torch.no_grad(), Seen() as seen:
+    with torch.no_grad(), OpsCalled() as called:
         scaled(x, 2)
-    assert seen.names == ["moba_train::test_scaled"]
+    assert [func._schema.name for func, _ in called.calls] == ["moba_train::test_scaled"]
 
 
 def test_compile_keeps_the_op_whole() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 from moba_train.attention import (
     SequenceInfo,
@@ -16,25 +15,7 @@ from moba_train.attention import (
     select_from_means,
 )
 from tests.helpers.cases import CASES, Case, zigzag_positions
-from tests.helpers.tolerance import TOLERANCE
-
-
-def assert_same_routing(picks: Tensor, expected: Tensor, q_THD: Tensor, means_NGD: Tensor, shared: bool) -> None:
-    """Equal picks, but where two blocks' exact scores are closer than fp32 can tell."""
-    assert picks.dtype == torch.int32
-    assert picks.shape == expected.shape
-    group = q_THD.shape[1] // means_NGD.shape[1]
-    means_NHD = means_NGD.double().repeat_interleave(group, 1)
-    scores_THN = torch.einsum("thd,nhd->thn", q_THD.detach().double(), means_NHD)
-    if shared:
-        scores_THN = scores_THN.unflatten(1, (-1, group)).sum(2).repeat_interleave(group, 1)
-    bound = TOLERANCE[torch.float32] * float(scores_THN.abs().max()) if scores_THN.numel() else 0.0
-    t, h, rank = (picks != expected).nonzero(as_tuple=True)
-    assert ((picks >= 0) == (expected >= 0)).all()
-    got, want = (scores_THN[t, h, ids[t, h, rank].long()] for ids in (picks, expected))
-    assert ((got - want).abs() <= bound).all()
-    ordered = picks.sort(-1).values
-    assert ((ordered.diff(dim=-1) > 0) | (ordered[..., 1:] < 0)).all(), "a block is picked twice"
+from tests.helpers.tolerance import assert_same_routing
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -2,15 +2,12 @@
 
 fp32 and fp16 only: the interpreter's dot is wrong for bf16.
 
-Triton decides at its import whether to interpret, so this file runs itself again in a process of its own.
+This file runs itself again in a process of its own (helpers/interpreter.py).
 """
 
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from functools import partial
 from itertools import pairwise
 
@@ -27,8 +24,8 @@ from moba_train.attention import (
     select_blocks,
 )
 from moba_train.attention.gate import block_means, block_sums
-from tests.helpers import flash_stand_in as stand_in
 from tests.helpers.cases import CASES_BY_NAME, Case, Inputs, Result, run_op
+from tests.helpers.interpreter import interpreted, needs_no_gpu, run_interpreted
 from tests.helpers.tolerance import assert_close, assert_low_precision
 
 FP32 = (
@@ -71,42 +68,9 @@ MIXED = ("gqa-odd-group", "blocks-without-queries")
 FP16 = (("empty-documents", False), ("mqa", False), ("chunked-prefill", False), ("decode-batch", True))
 
 
-INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETING, reason="runs in the process of test_in_interpreter")
-
-
-@pytest.mark.skipif(INTERPRETING or torch.cuda.is_available(), reason="for the process without a GPU")
+@needs_no_gpu
 def test_in_interpreter() -> None:
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-@pytest.fixture(autouse=True)
-def _scalar_loop_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter's scalars are arrays of one element, which NumPy 2.4 no longer turns into loop bounds."""
-    if not INTERPRETING:
-        return
-    from triton.runtime import interpreter
-
-    patch_tensor = interpreter._patch_lang_tensor
-
-    def patch(tensor, scope) -> None:
-        patch_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch)
-
-
-@pytest.fixture
-def flash_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    """FlashAttention's varlen contract in plain torch, in the dtype of its inputs."""
-    from moba_train.attention import flash_library
-
-    monkeypatch.setattr(flash_library, "refusal", lambda q_THD: None)
-    monkeypatch.setattr(flash_library, "forward", stand_in.forward)
-    monkeypatch.setattr(flash_library, "backward", stand_in.backward)
+    run_interpreted(__file__)
 
 
 def _attend(case: Case, picks: torch.Tensor, **options):
@@ -150,10 +114,11 @@ def test_fp32_equals_reference(name: str) -> None:
 @pytest.mark.parametrize("name", FLASH)
 def test_flash_equals_reference(name: str, flash_stand_in: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of the flash backend but the library's own kernels; every few pairs a slice of their own."""
-    from moba_train.attention import flash
+    from moba_train.attention import flash_staging
 
-    monkeypatch.setattr(flash, "_STAGING", 0.0)
-    monkeypatch.setattr(flash, "_STAGING_FLOOR", 2**15)
+    monkeypatch.setattr(flash_staging, "_FORWARD_STAGING", 0.0)
+    monkeypatch.setattr(flash_staging, "_BACKWARD_STAGING", 0.0)
+    monkeypatch.setattr(flash_staging, "_STAGING_FLOOR", 2**15)
     case = CASES_BY_NAME[name]
     seq, inputs = case.sequence(), case.inputs(torch.float32)
     picks = _picks(case, inputs)
@@ -243,21 +208,6 @@ def test_backward_reads_slices_of_the_heads_of_out_and_its_gradient() -> None:
     lse2, delta = row_terms(dout, dlse, out, lse)
     assert_close(delta, (dout * out).sum(-1) - dlse, torch.float32)
     assert_close(lse2, (lse / math.log(2)).masked_fill(lse == -torch.inf, torch.inf), torch.float32)
-
-
-@interpreted
-def test_compiles_around_the_ops() -> None:
-    case = CASES_BY_NAME["empty-documents"]
-    seq, inputs = case.sequence(), case.inputs(torch.float32)
-    sizes = case.routing | {"backend": "triton"}
-
-    def layer(q, k, v):
-        out, lse = moba_attention(q * 2, k, v, seq, **sizes)
-        return out + 1, lse
-
-    compiled = torch.compile(layer, backend="aot_eager")
-    for field, got, want in zip(Result._fields, run_op(compiled, inputs), run_op(layer, inputs), strict=True):
-        assert_close(got, want, torch.float32, field)
 
 
 @interpreted

@@ -26,6 +26,7 @@ __all__ = [
     "assert_gradients",
     "assert_low_precision",
     "assert_same_but_for_order",
+    "assert_same_routing",
 ]
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -71,3 +72,21 @@ def assert_gradients(function: Callable[..., Tensor | Sequence[Tensor]], inputs:
 def assert_same_but_for_order(actual: torch.Tensor, expected: torch.Tensor) -> None:
     """Two bf16 results (or fp32 beside them) of the same sums, added in any order."""
     torch.testing.assert_close(actual, expected, rtol=_BF16_ORDER, atol=_BF16_ORDER)
+
+
+def assert_same_routing(picks: Tensor, expected: Tensor, q_THD: Tensor, means_NGD: Tensor, shared: bool) -> None:
+    """Equal picks, but where two blocks' exact scores are closer than fp32 can tell."""
+    assert picks.dtype == torch.int32
+    assert picks.shape == expected.shape
+    group = q_THD.shape[1] // means_NGD.shape[1]
+    means_NHD = means_NGD.double().repeat_interleave(group, 1)
+    scores_THN = torch.einsum("thd,nhd->thn", q_THD.detach().double(), means_NHD)
+    if shared:
+        scores_THN = scores_THN.unflatten(1, (-1, group)).sum(2).repeat_interleave(group, 1)
+    bound = TOLERANCE[torch.float32] * float(scores_THN.abs().max()) if scores_THN.numel() else 0.0
+    t, h, rank = (picks != expected).nonzero(as_tuple=True)
+    assert ((picks >= 0) == (expected >= 0)).all()
+    got, want = (scores_THN[t, h, ids[t, h, rank].long()] for ids in (picks, expected))
+    assert ((got - want).abs() <= bound).all()
+    ordered = picks.sort(-1).values
+    assert ((ordered.diff(dim=-1) > 0) | (ordered[..., 1:] < 0)).all(), "a block is picked twice"
