@@ -28,6 +28,8 @@ from moba_train.attention.sequence import DenseRun, SequenceInfo
 
 __all__ = ["full_attention"]
 
+_LARGEST_WITH_LSE = 248  # FlashAttention 2 takes 256, of which a gradient of lse needs 8
+
 
 def full_attention(
     q_THD: Tensor, k_SGD: Tensor, v_SGD: Tensor, seq: SequenceInfo, *, scale: float
@@ -82,6 +84,11 @@ class _FullAttention(torch.autograd.Function):
             dout_THD = torch.zeros_like(out_THD)
         if dlse_TH is not None:
             # The kernels know no dlse. A column with out = 1, dout = -dlse and v = 0 subtracts it from dout . out.
+            if q_THD.device.type == "cuda" and dtype != torch.float32 and head_dim > _LARGEST_WITH_LSE:
+                raise ValueError(
+                    f"a gradient of lse in {dtype} on a GPU: sdpa forms it up to head dim {_LARGEST_WITH_LSE}, got "
+                    f"{head_dim}; use backend='triton'"
+                )
             q_THD, k_SGD, v_SGD, out_THD, dout_THD = (pad(t, (0, 8)) for t in (q_THD, k_SGD, v_SGD, out_THD, dout_THD))
             out_THD[..., head_dim] = 1.0
             dout_THD[..., head_dim] = -dlse_TH

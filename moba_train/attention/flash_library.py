@@ -28,14 +28,23 @@ _HEAD_DIM_STEP = 32
 _HOPPER = 9
 _FIRST_KERNEL_KNOWN = ("4.0.0b36",)  # versions whose first backward kernel may be replaced: _backward_of_known_rows
 _MISSING = "needs FlashAttention 4, the package `flash-attn-4`, which cannot be imported"
+_REFUSALS: dict[tuple[torch.device, torch.dtype, int], str | None] = {}
 
 
 def refusal(q_THD: Tensor) -> str | None:
     """Why FlashAttention 4 does not serve these queries here, or None where it does."""
     if q_THD.device.type != "cuda":
         return f"needs a GPU, got tensors on {q_THD.device}"
-    early = refusal_early(q_THD.dtype, q_THD.shape[2], torch.cuda.get_device_capability(q_THD.device)[0])
-    return early or (_MISSING if _interface() is None else None)
+    key = (q_THD.device, q_THD.dtype, q_THD.shape[2])
+    if key not in _REFUSALS:
+        _find_refusal(*key)
+    return _REFUSALS[key]
+
+
+@torch.compiler.disable(reason="looks for the package FlashAttention 4, at the first call of an op")
+def _find_refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
+    early = refusal_early(dtype, head_dim, torch.cuda.get_device_capability(device)[0])
+    _REFUSALS[device, dtype, head_dim] = early or (_MISSING if _interface() is None else None)
 
 
 def refusal_early(dtype: torch.dtype, head_dim: int, gpu: int | None) -> str | None:

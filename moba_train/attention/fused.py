@@ -1,11 +1,14 @@
 """PyTorch's fused attention kernels for one rectangle or causal square of full attention, with lse, for dense.py.
 
-The public scaled_dot_product_attention hides lse, so the ATen operators under it are called. On a GPU fp32, and any
-head dim above 256, is served by the memory-efficient kernel and 16 bits by FlashAttention 2, or by cuDNN on Hopper and
-newer: on an H200 it takes 0.5 to 0.6 of the time (head dim 128, benchmarks/results/attention_h200_2026-11-23.md). cuDNN
-makes a plan for every new shape, which costs more than it saves where lengths change from batch to batch or queries are
-few: so it gets only long batches of one document, in runs that are not short. (A prompt of a new length pays for its
-plans once.) Nor does it get any under `torch.use_deterministic_algorithms`, which FlashAttention 2 heeds.
+The public scaled_dot_product_attention hides lse, so the ATen operators under it are called. On a GPU fp32 is served by
+the memory-efficient kernel and 16 bits by FlashAttention 2, or by cuDNN on Hopper and newer: on an H200 it takes 0.5 to
+0.6 of the time (head dim 128, benchmarks/results/attention_h200_2026-11-23.md). cuDNN makes a plan for every new shape,
+which costs more than it saves where lengths change from batch to batch or queries are few: so it gets only long batches
+of one document, in runs that are not short. (A prompt of a new length pays for its plans once.) Nor does it get any
+under `torch.use_deterministic_algorithms`, which FlashAttention 2 heeds.
+
+The memory-efficient kernel is kept from 16 bits: there its gradients are wrong unless `out` lies in memory as its own
+forward laid it, heads between rows (PyTorch 2.11).
 
 Letters: G key heads, R query heads of each, L queries, Z keys, D head dim.
 """
@@ -26,7 +29,6 @@ __all__ = ["Kernel", "choose", "describe"]
 _ATEN = torch.ops.aten
 _LSE_ALIGNMENT = 32  # the efficient kernel reads lse in rows of this multiple
 _HOPPER = 9
-_LARGEST_HEAD_DIM = 256  # of FlashAttention 2
 _WORTH_PLANS = 4096  # queries
 _SHORTEST_SIDE = 256  # of a run's rectangle and square, each of which has a plan of its own; one key alone it refuses
 
@@ -46,7 +48,7 @@ def choose(q_THD: Tensor, seq: SequenceInfo) -> Kernel:
     """The fastest kernel that serves these queries."""
     if q_THD.device.type == "cpu":
         return Kernel(_cpu, _cpu_backward)
-    if _only_efficient(q_THD):
+    if q_THD.dtype == torch.float32:
         return Kernel(_efficient, _efficient_backward)
     return Kernel(_cudnn, _cudnn_backward) if _cudnn_serves(q_THD, seq) else Kernel(_flash, _flash_backward)
 
@@ -55,13 +57,9 @@ def describe(q_THD: Tensor) -> str:
     """In words, for the log: whose kernels serve such queries."""
     if q_THD.device.type == "cpu":
         return "PyTorch's kernel for CPUs"
-    if _only_efficient(q_THD):
+    if q_THD.dtype == torch.float32:
         return "PyTorch's memory-efficient kernels"
     return "FlashAttention 2" + ", cuDNN for long batches of one document" * _cudnn_is_there(q_THD)
-
-
-def _only_efficient(q_THD: Tensor) -> bool:
-    return q_THD.dtype == torch.float32 or q_THD.shape[2] > _LARGEST_HEAD_DIM
 
 
 def _cudnn_serves(q_THD: Tensor, seq: SequenceInfo) -> bool:

@@ -76,7 +76,7 @@ _AUTO: dict[str, dict[str, tuple[str, ...]]] = {
 }
 _SLOW_ON_GPU = ("reference", "portable")  # these alone compute fp64 there
 _ATOMICS_ON_GPU = ("reference", "portable", "sdpa")  # their gradients may differ from run to run there
-LARGEST_HEAD_DIM_ON_GPU = 256  # of Triton's kernels
+LARGEST_HEAD_DIM_ON_GPU = 256  # of Triton's kernels, and of PyTorch's in 16 bits
 _NAMES = ("auto", "reference", "portable", "sdpa", "triton", "flash", "mixed")
 _logged: set[tuple[str, str, torch.device, torch.dtype]] = set()
 
@@ -330,7 +330,8 @@ def _choose(op: str, backend: str, q_THD: Tensor, *, first: str | None = None, a
 def _serves(name: str, q_THD: Tensor) -> bool:
     if name in ("flash", "mixed"):
         return flash_library.refusal(q_THD) is None
-    return name != "triton" or q_THD.shape[2] <= LARGEST_HEAD_DIM_ON_GPU
+    unlimited = name in _SLOW_ON_GPU or (name == "sdpa" and q_THD.dtype == torch.float32)
+    return unlimited or q_THD.device.type == "cpu" or q_THD.shape[2] <= LARGEST_HEAD_DIM_ON_GPU
 
 
 def _log_choice(op: str, name: str, q_THD: Tensor) -> None:

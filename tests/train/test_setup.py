@@ -17,7 +17,7 @@ from moba_train.train import setup
         ({}, {"precision": "fp32"}, "flash", "computes in bf16"),
         ({}, {"head_dim": 80}, "mixed", "multiples of 32"),
         ({}, {"head_dim": 512}, "triton", "up to 256"),
-        ({}, {"head_dim": 512}, "sdpa", None),
+        ({}, {"head_dim": 512}, "sdpa", "up to 256"),
         ({}, {"head_dim": 512}, "auto", None),
         ({"deterministic": True}, {}, "portable", "deterministic"),
         ({"deterministic": True}, {}, "triton", None),

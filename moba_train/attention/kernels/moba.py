@@ -43,23 +43,39 @@ def moba_attention(
         ValueError: a CPU tensor, a dtype other than bf16, fp16 and fp32, a head dim above 256, or a scale that is not
             positive.
     """
-    check_supported(q_THD)
-    if not scale > 0:
-        raise ValueError(f"softmax_scale must be positive, got {scale}")
-    table = forward_inputs(seq, block_size, q_THD.device)
-    return _Attend.apply(q_THD, k_SGD, v_SGD, picks_THK, table, scale, is_deterministic(deterministic))
+    return _attend(q_THD, k_SGD, v_SGD, picks_THK, forward_inputs(seq, block_size, q_THD.device), scale, deterministic)
 
 
 def full_attention(
     q_THD: Tensor, k_SGD: Tensor, v_SGD: Tensor, seq: SequenceInfo, *, scale: float, deterministic: bool | None = None
 ) -> tuple[Tensor, Tensor]:
     """Attention over all keys of the document at or before each query. Otherwise as `moba_attention`."""
-    block_size = max(1, seq.max_document)
-    own_T = seq.blocks(block_size).on(q_THD.device).own_T.to(torch.int32)
+    device = q_THD.device
+
+    def build() -> tuple[Tensor, tuple[Tensor | int, ...]]:
+        block_size = max(1, seq.max_document)
+        own_T = seq.blocks(block_size).on(device).own_T
+        return own_T.to(torch.int32), forward_inputs(seq, block_size, device)
+
+    # Under one key for any length: a compiled model takes a key for a constant.
+    own_T, table = seq.once(("one block a document", device), build)
     picks_THK = own_T[:, None, None].expand(-1, q_THD.shape[1], 1)
-    return moba_attention(
-        q_THD, k_SGD, v_SGD, seq, picks_THK, block_size=block_size, scale=scale, deterministic=deterministic
-    )
+    return _attend(q_THD, k_SGD, v_SGD, picks_THK, table, scale, deterministic)
+
+
+def _attend(
+    q_THD: Tensor,
+    k_SGD: Tensor,
+    v_SGD: Tensor,
+    picks_THK: Tensor,
+    table: tuple[Tensor | int, ...],
+    scale: float,
+    deterministic: bool | None,
+) -> tuple[Tensor, Tensor]:
+    check_supported(q_THD)
+    if not scale > 0:
+        raise ValueError(f"softmax_scale must be positive, got {scale}")
+    return _Attend.apply(q_THD, k_SGD, v_SGD, picks_THK, table, scale, is_deterministic(deterministic))
 
 
 def forward_inputs(seq: SequenceInfo, block_size: int, device: torch.device) -> tuple[Tensor | int, ...]:
