@@ -152,7 +152,7 @@ def _check_machine(config: RunConfig) -> None:
 
 def _check_backend(config: RunConfig, key: str, name: str, on_gpu: bool) -> None:
     kernels = name in ("triton", "flash", "mixed")
-    if kernels and not on_gpu and "TRITON_INTERPRET" not in os.environ:
+    if kernels and not on_gpu and os.environ.get("TRITON_INTERPRET", "0") == "0":
         raise ConfigError(key, name, "needs a CUDA GPU and there is none here; choose auto")
     limited = name == "triton" or (name == "sdpa" and config.precision != "fp32")
     if on_gpu and limited and config.model.head_dim > LARGEST_HEAD_DIM_ON_GPU:
