@@ -16,11 +16,19 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from moba_train.attention import SequenceInfo, flash_library, moba_attention, reference, select_blocks
+from moba_train.attention import (
+    SequenceInfo,
+    flash_library,
+    full_attention,
+    moba_attention,
+    reference,
+    select_blocks,
+)
 
 __all__ = [
     "DENSE",
     "GRAPH",
+    "LIMIT",
     "MOBA",
     "SETTINGS",
     "Attention",
@@ -37,6 +45,7 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 K = 1024
 DENSE = ("FlashAttention 4", "cuDNN", "FlashAttention 2")
 MOBA = ("triton", "flash", "mixed")
+LIMIT = 3.0  # of an error, in multiples of same-dtype torch's
 GRAPH = " in a graph"  # behind a kernel's name: captured into CUDA graphs
 
 
@@ -137,8 +146,9 @@ def _flash_attention_4() -> Attention | None:
     return by_flash
 
 
-def error_of(backend: str, setting: Setting) -> float:
-    """The largest error of MoBA's out and gradients against fp64, in multiples of same-dtype torch's (3 is the limit).
+def error_of(backend: str, setting: Setting, *, sparse: bool = True) -> float:
+    """The largest error of MoBA's out and gradients against fp64 (not `sparse`: full attention's), in multiples of
+    same-dtype torch's (`LIMIT`).
 
     The case has the setting's blocks and one group of its heads, in a packed batch with a short document.
     """
@@ -150,6 +160,8 @@ def error_of(backend: str, setting: Setting) -> float:
     dout = torch.randn_like(q)
     picks = select_blocks(q, k, seq, block_size=block_size, top_k=2, backend="portable")
     mask = reference.moba_mask(seq, picks, block_size)
+    if not sparse:
+        mask = reference.full_mask(seq).to(mask.device)[:, None].expand_as(mask)
 
     def run(attend: Attention, dtype: torch.dtype) -> tuple[Tensor, ...]:
         leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
@@ -159,11 +171,13 @@ def error_of(backend: str, setting: Setting) -> float:
     def masked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return reference.masked_attention(q, k, v, mask, setting.head_dim**-0.5)[0]
 
-    def moba(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if not sparse:
+            return full_attention(q, k, v, seq, backend=backend)[0]
         return moba_attention(q, k, v, seq, block_size=block_size, top_k=2, picks=picks, backend=backend)[0]
 
     exact, same_dtype = run(masked, torch.float64), run(masked, torch.bfloat16)
-    actual = run(moba, torch.bfloat16)
+    actual = run(kernel, torch.bfloat16)
     if not all(torch.isfinite(tensor).all() for tensor in actual):
         return float("inf")
     errors = [

@@ -4,11 +4,10 @@
 
 Every backend is first held to fp64 on a small case of its setting, and one that fails is not timed; these checks run
 side by side, which also compiles the kernels. Rows of deterministic gradients come at `--deterministic` lengths, those
-of every kernel captured into CUDA graphs (no host to wait for) at `--graphs` lengths, and those of decoding and chunked
-prefill over `--serving` keys at the end, with full attention to
-packed documents and by a context-parallel rank of `--documents` queries. `--budget` (seconds, checks included) takes
-repetitions away where time is short, never rows. A row that runs out of memory says so. Writes
-attention_<device>_<date>.csv, .md and .png.
+of every kernel captured into CUDA graphs (no host to wait for) at `--graphs` lengths. Last come decoding and chunked
+prefill over `--serving` keys, and full attention of `--documents` queries to packed documents and by a context rank.
+`--budget` (seconds, checks included, the last tables not) takes repetitions away where time is short, never rows. A row
+that runs out of memory says so. Writes attention_<device>_<date>.csv, .md and .png.
 """
 
 from __future__ import annotations
@@ -33,6 +32,7 @@ from attention_serving import serving
 from attention_shapes import (
     DENSE,
     GRAPH,
+    LIMIT,
     MOBA,
     SETTINGS,
     Attention,
@@ -47,7 +47,6 @@ from attention_shapes import (
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-_LIMIT = 3.0  # of an error, in multiples of same-dtype torch's
 _FORWARD_ONLY = 1024 * K  # from here on dense backward takes a minute
 _LONGEST = {"FlashAttention 2": 256 * K}  # half as fast as the others at every length: a minute for nothing
 _TFLOPS = 450e12  # for guesses of how long a row takes
@@ -96,9 +95,7 @@ class Bench:
         self, options: argparse.Namespace, errors: dict[str, float], deadline: float, plan: list[tuple[str, int]]
     ) -> None:
         self.options, self.deadline, self.plan = options, deadline, plan
-        self.moba = {
-            name: [b for b in options.backends if errors.get(f"{name}:{b}", 99) <= _LIMIT] for name in SETTINGS
-        }
+        self.moba = {name: [b for b in options.backends if errors.get(f"{name}:{b}", 99) <= LIMIT] for name in SETTINGS}
         self.timed: dict[tuple, tuple] = {}
         self.breakdowns: list[str] = []
         self.waiting = {self._key(*row, k): self._guess(*row, k) for row in plan for k in self._kernels(*row)}
@@ -162,10 +159,10 @@ class Bench:
             setting = SETTINGS[name]
             times = [self.timed.get(self._key(name, length, k), (None, None))[:2] for k in ("triton", "flash")]
             numbers = [ms for forward, both in times if both for ms in (forward, both - forward)]
-            if len(numbers) == 4 and setting.top_k * setting.block_size < length:
+            if len(numbers) == 4 and setting.head_dim == 128 and setting.top_k * setting.block_size < length:
                 numbers_text = ", ".join(f"{ms:.1f}" for ms in numbers)
                 text = f"    Measured({setting.block_size}, {length}, {numbers_text}),"
-                lines.setdefault((setting.block_size, length), text)  # of settings alike, the first: head dim 128
+                lines.setdefault((setting.block_size, length), text)  # of settings alike, the first
         head = "## For moba_train/attention/choice.py\n\nForward and backward of triton, then of flash.\n\n```\n"
         return [head + "\n".join(lines.values()) + "\n```"] if lines else []
 
@@ -333,7 +330,7 @@ def _check_all(options: argparse.Namespace) -> dict[str, float]:
             found = {"error": float("inf"), "why": output[-1500:]}
         if job.split(":")[1] in MOBA:
             errors[job] = found["error"]
-        verdict = "" if found["error"] <= _LIMIT else f" FAILED, not timed {found.get('why', '')}"
+        verdict = "" if found["error"] <= LIMIT else f" FAILED, not timed {found.get('why', '')}"
         print(
             f"check {job}: {found['error']:.2f} x torch's error, {found.get('seconds', 0):.0f} s{verdict}", flush=True
         )
@@ -349,7 +346,7 @@ def _process(job: str, options: argparse.Namespace) -> subprocess.Popen:
 def _check(name: str, kernel_name: str, deterministic: bool) -> dict[str, float]:
     start, setting = time.monotonic(), SETTINGS[name]
     error = error_of(kernel_name, setting) if kernel_name in MOBA else 0.0
-    if error <= _LIMIT:
+    if error <= LIMIT:
         both = deterministic and kernel_name in ("triton", "flash")
         names = [kernel_name, f"{kernel_name} deterministic"] if both else [kernel_name]
         for variant, length in itertools.product(names, (max(8 * K, 2 * setting.block_size), 32 * K)):

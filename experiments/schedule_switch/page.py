@@ -60,7 +60,9 @@ def publish(folder: Path) -> None:
     seeds = [{arm: Curve(**curve) for arm, curve in seed.items()} for seed in results["seeds"]]
     switches = [around_switch(seed["hybrid"], seed["moba"]) for seed in seeds]
     draw(seeds, switches[0], folder / "results.png")
-    (folder / "README.md").write_text(write_page(seeds, switches, results["environment"]))
+    page = write_page(seeds, switches, results["environment"])
+    earlier = folder / "earlier.md"  # written by hand, where another setting was tried before
+    (folder / "README.md").write_text(page + ("\n" + earlier.read_text() if earlier.exists() else ""))
 
 
 def read_curve(folder: Path) -> Curve:

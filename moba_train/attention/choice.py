@@ -32,18 +32,17 @@ class Measured(NamedTuple):
         return min(sums, key=lambda name: sums[name])
 
 
-# Source: benchmarks/results/attention_h200_2026-11-23.md, for blocks of 512 attention_h200_2026-11-23_medium.md; their
-# rows of head dim 128. Other GPUs borrow the table: an H100, whose memory is slower, may lose some percent with `mixed`
-# at (512, 128K).
+# Source: benchmarks/results/attention_h200_2026-11-23.md, its rows of head dim 128. Other GPUs borrow the table: an
+# H100, whose memory is slower, may lose some percent with `mixed` at (512, 128K).
 MEASURED: tuple[Measured, ...] = (
     Measured(128, 8192, 1.2, 1.4, 3.2, 6.6),
     Measured(128, 32768, 2.7, 3.6, 6.3, 20.1),
     Measured(128, 131072, 12.7, 14.1, 20.2, 26.2),
     Measured(128, 524288, 90.5, 57.9, 122.2, 102.8),
-    Measured(512, 8192, 2.5, 6.0, 6.6, 17.8),
-    Measured(512, 32768, 9.8, 27.7, 12.7, 21.2),
-    Measured(512, 131072, 42.1, 118.6, 56.4, 87.1),
-    Measured(512, 524288, 207.8, 483.8, 249.5, 368.7),
+    Measured(512, 8192, 3.7, 6.5, 7.2, 12.8),
+    Measured(512, 32768, 10.0, 27.9, 12.8, 22.1),
+    Measured(512, 131072, 42.3, 118.4, 55.2, 87.3),
+    Measured(512, 524288, 205.3, 487.5, 247.6, 354.7),
     Measured(4096, 65536, 60.1, 286.5, 57.3, 145.6),
     Measured(4096, 131072, 155.7, 717.1, 144.3, 368.9),
     Measured(4096, 262144, 348.4, 1587.0, 315.8, 811.5),

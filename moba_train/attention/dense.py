@@ -37,7 +37,8 @@ def full_attention(
     """Attention over all keys of the document at or before each query -> out [T, H, D], lse [T, H].
 
     Raises:
-        ValueError: fp64 on a GPU, which no fused kernel serves.
+        ValueError: fp64 on a GPU, which no fused kernel serves; in backward, a gradient of lse in 16 bits on a GPU with
+            a head dim above 248.
     """
     if q_THD.device.type == "cuda" and q_THD.dtype == torch.float64:
         raise ValueError("no fused GPU kernel computes fp64 attention; use backend='reference' or fp32 inputs")

@@ -23,9 +23,9 @@ from torch.autograd.function import once_differentiable
 
 from moba_train.attention import flash_library, varlen
 from moba_train.attention.custom_op import custom_op
-from moba_train.attention.flash_staging import BackwardQueries, groups_of
+from moba_train.attention.flash_staging import groups_of
 from moba_train.attention.kernels.backward import row_terms
-from moba_train.attention.kernels.gather import gather, merge_parts
+from moba_train.attention.kernels.gather import gather, merge_parts, sum_parts
 from moba_train.attention.kernels.moba import dense_rows, forward_inputs, is_deterministic, moba_forward
 from moba_train.attention.kernels.routing import PairLists, route
 from moba_train.attention.sequence import SequenceInfo, copy_to
@@ -204,31 +204,28 @@ def _backward(
         return dq_THD, dk_SGD, dv_SGD
     _, delta_TH = row_terms(dout_THD, dlse_TH, out_THD, lse_TH)
     assert key_bounds is not None
-    groups = groups_of(q_THD, picks_THK, k_SGD, key_bounds, backward=True)
-    queries = BackwardQueries(q_THD, dq_THD, picks_THK, groups, deterministic)
-    for group in groups:
+    for group in groups_of(q_THD, picks_THK, k_SGD, key_bounds, backward=True):
         k_S1D, v_S1D, keys = group.keys_of(k_SGD, v_SGD, key_bounds)
         totals: list[Tensor] = []
         for first in range(0, len(group.pieces), _SUMMED_AT_ONCE):
             pieces = group.pieces[first : first + _SUMMED_AT_ONCE]
             parts_nS1D = [k_S1D.new_empty(len(pieces), *k_S1D.shape) for _ in range(2)]
             for number, at in enumerate(pieces):
-                q_PD, lists = queries.next()
-                rows = (tensor[at] for tensor in (dout_THD, lse_TH, delta_TH))
-                dout_PD, lse_P, minus_delta_P = gather(lists, picks_THK.shape[2], *rows)
+                lists = route(picks_THK[at], group.size, group.num_blocks, deterministic=deterministic, places=True)
+                rows = (tensor[at] for tensor in (q_THD, dout_THD, lse_TH, delta_TH))
+                q_PD, dout_PD, lse_P, minus_delta_P = gather(lists, picks_THK.shape[2], *rows)
                 dk_S1D, dv_S1D = (parts[number] for parts in parts_nS1D)
                 flash_library.backward(
                     dout_PD[:, None], minus_delta_P[None], q_PD[:, None], k_S1D, v_S1D, None, lse_P[None],
                     _queries(lists), keys, **group.sizes(at, block_size), **options, dq_PHD=q_PD[:, None],
                     dk_SGD=dk_S1D, dv_SGD=dv_S1D,
                 )  # fmt: skip
-                queries.beside()
+                sum_parts(dq_THD[at], q_PD, lists)
                 del q_PD, dout_PD, lists  # before the next slice's are allocated
             sums = [parts.sum(0, dtype=torch.float32) for parts in parts_nS1D]
             totals = [total.add_(part) for total, part in zip(totals, sums, strict=True)] if totals else sums
         for grad_SGD, total_S1D in zip((dk_SGD, dv_SGD), totals, strict=True):
             grad_SGD[:, group.key_heads] += total_S1D.view(group.size, -1, total_S1D.shape[-1]).transpose(0, 1)
-    queries.end()
     return dq_THD, dk_SGD, dv_SGD
 
 

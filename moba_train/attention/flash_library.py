@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moba_train.attention.lazy import kept
+
 __all__ = ["backward", "forward", "refusal", "refusal_early", "version"]
 
 _DTYPES = (torch.bfloat16, torch.float16)
@@ -36,15 +38,12 @@ def refusal(q_THD: Tensor) -> str | None:
     if q_THD.device.type != "cuda":
         return f"needs a GPU, got tensors on {q_THD.device}"
     key = (q_THD.device, q_THD.dtype, q_THD.shape[2])
-    if key not in _REFUSALS:
-        _find_refusal(*key)
-    return _REFUSALS[key]
+    return kept(_REFUSALS, key, lambda: _refusal_on_gpu(*key))
 
 
-@torch.compiler.disable(reason="looks for the package FlashAttention 4, at the first call of an op")
-def _find_refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
+def _refusal_on_gpu(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     early = refusal_early(dtype, head_dim, torch.cuda.get_device_capability(device)[0])
-    _REFUSALS[device, dtype, head_dim] = early or (_MISSING if _interface() is None else None)
+    return early or (_MISSING if _interface() is None else None)
 
 
 def refusal_early(dtype: torch.dtype, head_dim: int, gpu: int | None) -> str | None:

@@ -194,9 +194,10 @@ def moba_attention(
     """
     _check_inputs(q_THD, k_SGD, v_SGD, seq)
     _check_sizes(block_size, top_k, 1 + force_first_block + force_previous_block)
-    first = seq.once(
-        ("backend", block_size), lambda: choice.moba_backend(block_size, seq.max_document, seq.num_queries)
-    )
+    first = None
+    if backend == "auto":  # kept, as a compiled model cannot search the table
+        sizes = (block_size, seq.max_document, seq.num_queries)
+        first = seq.once(("backend", block_size), lambda: choice.moba_backend(*sizes))
     attend = _attention("moba_attention", backend, q_THD, deterministic, first=first)
     if picks is None:
         if seq.k_positions is not None:

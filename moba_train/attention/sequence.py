@@ -17,6 +17,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from moba_train.attention.lazy import kept
+
 __all__ = ["BlockTable", "DenseRun", "DeviceSequence", "KeyWindow", "SequenceInfo", "copy_to"]
 
 
@@ -164,10 +166,12 @@ class SequenceInfo:
         key = ("window", width, device)
         return self.once(key, lambda: KeyWindow(*(copy_to(x, device) for x in self._build_window(width))))
 
-    @cached_property
+    @property
     def runs(self) -> list[DenseRun]:
-        """Dense causal attention cut into rectangles and squares: maximal runs of neighbouring queries."""
-        return self._cut(self._document_of(self._query_rows), self._held_before(self.cu_seqlens))
+        """Dense causal attention cut into rectangles and squares: maximal runs of neighbouring queries; made once."""
+        return self.once(
+            "runs", lambda: self._cut(self._document_of(self._query_rows), self._held_before(self.cu_seqlens))
+        )
 
     def own_runs(self, block_size: int) -> list[DenseRun]:
         """`runs` of causal attention within the queries' own blocks of `block_size` tokens."""
@@ -176,10 +180,7 @@ class SequenceInfo:
 
     def once(self, key: Hashable, build: Callable[[], _Made]) -> _Made:
         """What `build` makes of this batch, made on the first call with `key` and kept with the batch."""
-        if key not in self._made:
-            self._made[key] = _outside_graphs(build)
-        made: _Made = self._made[key]
-        return made
+        return kept(self._made, key, build)
 
     def _cut(self, part_T: Tensor, first_of_part: Tensor) -> list[DenseRun]:
         # Runs within parts (documents or blocks): query t sees the keys of part_T[t], from held row first_of_part on.
@@ -256,14 +257,6 @@ class SequenceInfo:
             first_T=first_T,
             limit_T=self._held_before(rows + 1),
         )
-
-
-@torch.compiler.disable(
-    reason="tables of a batch are made on the host, on the first use of the batch; run the op once before "
-    "(moba_train/attention/README.md, torch.compile)"
-)
-def _outside_graphs(build: Callable[[], _Made]) -> _Made:
-    return build()
 
 
 def _host_ints(values: Sequence[int] | Tensor, name: str) -> Tensor:

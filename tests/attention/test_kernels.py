@@ -18,6 +18,7 @@ from moba_train.attention import (
     block_means,
     convolve_keys,
     flash_library,
+    flash_staging,
     full_attention,
     moba_attention,
     reference,
@@ -145,6 +146,28 @@ def test_key_convolution_errs_no_more_than_torch(name: str, dtype: torch.dtype) 
         assert_low_precision(*parts, kind)
 
 
+@pytest.mark.parametrize("deterministic", [False, True], ids=["atomics", "deterministic"])
+@pytest.mark.parametrize("name", ["gqa-64", "mha-128", "zigzag"])
+def test_many_pieces_err_no_more_than_torch(
+    name: str, deterministic: bool, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`flash` stages a few heads, or rows of one, at a time; here far fewer, so that pieces and groups follow."""
+    if backend == "triton":
+        pytest.skip("stages nothing in backward")
+    monkeypatch.setattr(flash_staging, "_STAGING", 0.0)
+    monkeypatch.setattr(flash_staging, "_STAGING_FLOOR", 2**20)
+    case = next(case for case in SHAPES if case.name == name)
+    inputs = case.inputs(torch.bfloat16, "cuda")
+    picks = _picks(case, inputs)
+    bounds = torch.empty(case.sequence().blocks(case.block_size).num_blocks + 1)
+    groups = flash_staging.groups_of(inputs.q_THD, picks, inputs.k_SGD, bounds, backward=True)
+    assert len(groups) > 1
+    assert len(groups[0].pieces) > 1
+    mask = reference.moba_mask(case.sequence(), picks, case.block_size)
+    expected = partial(reference.masked_attention, mask_THS=mask, scale=case.head_dim**-0.5)
+    _check(_moba(case, picks, backend, deterministic=deterministic), expected, case, torch.bfloat16)
+
+
 @pytest.mark.parametrize("sparse", [True, False], ids=["moba", "full"])
 @pytest.mark.parametrize("name", ["gqa-64", "block-2048", "zigzag"])
 def test_deterministic_gradients_do_not_move(name: str, sparse: bool, backend: str) -> None:
@@ -249,7 +272,13 @@ def test_ops_keep_what_they_promise_to_compilers(name: str, backend: str) -> Non
 
     with OpsCalled() as called:
         run_op(step, inputs)
-    assert len(called.calls) >= 6  # sums, picks, and both passes of two attentions
+    passes = {
+        "triton": ("moba_forward", "moba_backward"),
+        "flash": ("flash_forward", "flash_backward"),
+        "mixed": ("moba_forward", "moba_backward", "flash_backward"),  # full attention by triton
+    }
+    convolution = ("convolve_keys", "convolve_keys_backward") if case.q_positions is None else ()
+    assert called.names == {"block_sums", "select_blocks", *passes[backend], *convolution}
     called.check()
 
 
@@ -296,8 +325,7 @@ seq = SequenceInfo([0, 200, 200, 330])
 picks = select_blocks(q.detach(), k.detach(), seq, block_size=48, top_k=3)
 lists = route(picks, 2, seq.blocks(48).num_blocks, places=True)
 out, lse, delta = out.detach(), lse.detach(), torch.randn_like(lse)
-(q_PD,) = gather(lists, 3, q.detach())
-dout_PD, lse_P, minus_delta_P = gather(lists, 3, out, lse, delta)
+q_PD, dout_PD, lse_P, minus_delta_P = gather(lists, 3, q.detach(), out, lse, delta)
 starts = _queries(lists)
 room = (q_PD.shape[0] + starts.shape[0] * 64) // 64 * 64
 pad_rows(lse_P, minus_delta_P, starts, torch.empty(room, device="cuda"), torch.empty(room, device="cuda"), 64)

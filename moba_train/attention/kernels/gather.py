@@ -28,40 +28,45 @@ _LN2 = tl.constexpr(0.6931471805599453)
 def gather(
     lists: PairLists,
     top_k: int,
-    rows_THD: Tensor,
+    q_THD: Tensor,
+    dout_THD: Tensor | None = None,
     lse_TH: Tensor | None = None,
     delta_TH: Tensor | None = None,
-    *,
-    to_PD: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """rows [P, D] in the lists' order, in `to_PD` if given; with lse and delta also lse [P] and -delta [P]."""
-    num_pairs, head_dim = lists.pairs.shape[0], rows_THD.shape[2]
+    """q [P, D] in the lists' order; with the others also dout [P, D], lse [P] and -delta [P]."""
+    num_pairs, head_dim = lists.pairs.shape[0], q_THD.shape[2]
+    backward = dout_THD is not None
     # Arguments of the kernel that it does not read point at something that is there.
-    scalar = rows_THD if lse_TH is None else lse_TH
-    if to_PD is None:
-        to_PD = rows_THD.new_empty(num_pairs, head_dim)
-    numbers = [rows_THD.new_empty(num_pairs, dtype=torch.float32) for _ in range(0 if lse_TH is None else 2)]
+    other = q_THD if dout_THD is None else dout_THD
+    scalar = q_THD if lse_TH is None else lse_TH
+    rows = [torch.empty(num_pairs, head_dim, dtype=q_THD.dtype, device=q_THD.device) for _ in range(1 + backward)]
+    numbers = [torch.empty(num_pairs, dtype=torch.float32, device=q_THD.device) for _ in range(2 * backward)]
     _gather_kernel[(ceil_div(num_pairs, 64),)](
         lists.pairs,
         lists.starts[-1:],
-        rows_THD,
+        q_THD,
+        other,
         scalar,
         scalar if delta_TH is None else delta_TH,
-        to_PD,
-        *(numbers or (to_PD, to_PD)),
+        rows[0],
+        rows[-1],
+        *(numbers or (rows[0], rows[0])),
         num_pairs,
-        *rows_THD.stride()[:2],
-        *scalar.stride()[:2],
-        H=rows_THD.shape[1],
+        q_THD.stride(0),
+        q_THD.stride(1),
+        other.stride(0),
+        other.stride(1),
+        *(scalar.stride()[:2]),
+        H=q_THD.shape[1],
         K=top_k,
         D=head_dim,
         DP=padded_dim(head_dim),
-        NUMBERS=lse_TH is not None,
+        BACKWARD=backward,
         TAIL=_TAIL,
         BM=64,
         num_warps=8,
     )
-    return to_PD, *numbers
+    return *rows, *numbers
 
 
 def pad_rows(
@@ -133,22 +138,26 @@ def sum_parts(total_THD: Tensor, parts_PD: Tensor, lists: PairLists) -> None:
 def _gather_kernel(
     pairs_ptr,
     count_ptr,
-    rows_ptr,
+    q_ptr,
+    dout_ptr,
     lse_ptr,
     delta_ptr,
-    to_rows_ptr,
+    to_q_ptr,
+    to_dout_ptr,
     to_lse_ptr,
     to_delta_ptr,
     num_pairs,
-    stride_rt,
-    stride_rh,
+    stride_qt,
+    stride_qh,
+    stride_ot,
+    stride_oh,
     stride_lt,
     stride_lh,
     H: tl.constexpr,
     K: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
-    NUMBERS: tl.constexpr,
+    BACKWARD: tl.constexpr,
     TAIL: tl.constexpr,
     BM: tl.constexpr,
 ):
@@ -162,11 +171,14 @@ def _gather_kernel(
     t = (row // H).to(tl.int64)
     h = (row % H).to(tl.int64)
     dim = tl.arange(0, DP)
-    at = t[:, None] * stride_rt + h[:, None] * stride_rh + dim[None, :]
+    inside = live[:, None] & (dim < D)[None, :]
+    there = (place < num_pairs)[:, None] & (dim < D)[None, :]
     to = place.to(tl.int64)[:, None] * D + dim[None, :]
-    rows = tl.load(rows_ptr + at, mask=live[:, None] & (dim < D)[None, :], other=0.0)
-    tl.store(to_rows_ptr + to, rows, mask=(place < num_pairs)[:, None] & (dim < D)[None, :])
-    if NUMBERS:
+    q = tl.load(q_ptr + t[:, None] * stride_qt + h[:, None] * stride_qh + dim[None, :], mask=inside, other=0.0)
+    tl.store(to_q_ptr + to, q, mask=there)
+    if BACKWARD:
+        at = t[:, None] * stride_ot + h[:, None] * stride_oh + dim[None, :]
+        tl.store(to_dout_ptr + to, tl.load(dout_ptr + at, mask=inside, other=0.0), mask=there)
         at = t * stride_lt + h * stride_lh
         tl.store(to_lse_ptr + place, tl.load(lse_ptr + at, mask=live, other=0.0), mask=place < num_pairs)
         tl.store(to_delta_ptr + place, -tl.load(delta_ptr + at, mask=live, other=0.0), mask=place < num_pairs)
