@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ def test_packed_documents_fill_the_rows(documents) -> None:
     bounds = documents._packed(65536)
     assert (bounds[0], bounds[-1]) == (0, 65536)
     assert len(bounds) > 5
-    assert all(end > start for start, end in zip(bounds[:-1], bounds[1:], strict=True))
+    assert all(end > start for start, end in itertools.pairwise(bounds))
 
 
 def test_the_rank_has_the_first_and_the_last_chunk(documents) -> None:
