@@ -33,6 +33,7 @@ import torch.distributed as dist
 from context_parallel_check import LIMITS, error_of, results
 from context_parallel_memory import peak_of, stand_in
 from context_parallel_report import HEADER, Row, line, series, write
+from packed import log_normal
 from torch import Tensor
 
 from moba_train.attention import SequenceInfo, full_attention, moba_attention
@@ -343,16 +344,6 @@ def memory(bench: Bench) -> None:
         want = peak_bytes(strategy, rows=length, num_ranks=group.size(), **shapes, **sharing)
         numbers = " | ".join(f"{x / 2**20:.0f}" for x in (forward, want.forward, backward, want.backward))
         bench.say("memory", f"| {length} | {strategy} | {'yes' if overlap else 'no'} | {numbers} |")
-
-
-def log_normal(length: int, mean: float = 8192, sigma: float = 1.5) -> list[int]:
-    """Bounds of packed documents of log-normal lengths."""
-    generator = torch.Generator().manual_seed(0)
-    bounds = [0]
-    while bounds[-1] < length:
-        document = (torch.randn((), generator=generator) * sigma + math.log(mean) - sigma**2 / 2).exp()
-        bounds.append(min(length, bounds[-1] + max(1, int(document))))
-    return bounds
 
 
 def tensors(options: argparse.Namespace, rows: int) -> list[Tensor]:

@@ -221,8 +221,9 @@ def _reading(moba_gap: float, chance: float) -> list[str]:
     if chance > POSITION_BOUND:
         parts.append(
             "Before the switch hybrid and MoBA are one training done twice, with the same weights, batches and layers, "
-            f"and end up {chance:.3f} apart, so far as the settings go by the order of additions in the kernels alone. "
-            f"So a difference of {POSITION_BOUND} cannot be told from chance here."
+            f"and their training losses on the same batch end up {chance:.3f} apart on average, so far as the settings "
+            "go by the order of additions in the kernels alone. How far chance moves a validation loss was not "
+            "measured."
         )
     return parts
 

@@ -238,7 +238,7 @@ def _for_asking(trained: RunConfig, overrides: list[str]) -> RunConfig:
     plain = dataclasses.replace(
         trained,
         parallel=ParallelConfig(),
-        optim=OptimConfig(warmup_steps=0),
+        optim=OptimConfig(),
         run=RunDirConfig(),
         wandb=WandbConfig(),
         dry_run=False,

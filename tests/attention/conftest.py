@@ -35,8 +35,6 @@ def _params(op: str, *, cuda: bool = True) -> list[object]:
             continue
         if name not in _KERNELS:
             params.append(pytest.param(Backend(name, "cpu", (torch.float64, torch.float32)), id=f"{name}-cpu"))
-        elif INTERPRETING and name == "triton":
-            params.append(pytest.param(Backend(name, "cpu", (torch.float32,)), id=f"{name}-cpu"))
         if name not in ("flash", "mixed"):  # 16-bit only: tested by error against fp64, with the kernels
             absent = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
             dtypes = (torch.float64, torch.float32) if name == "portable" else (torch.float32,)

@@ -25,7 +25,7 @@ from moba_train.attention import (
 )
 from moba_train.attention.gate import block_means, block_sums
 from tests.helpers.cases import CASES_BY_NAME, Case, Inputs, Result, run_op
-from tests.helpers.interpreter import interpreted, needs_no_gpu, run_interpreted
+from tests.helpers.interpreter import interpreted, not_interpreted, run_interpreted
 from tests.helpers.tolerance import assert_close, assert_low_precision
 
 FP32 = (
@@ -68,7 +68,7 @@ MIXED = ("gqa-odd-group", "blocks-without-queries")
 FP16 = (("empty-documents", False), ("mqa", False), ("chunked-prefill", False), ("decode-batch", True))
 
 
-@needs_no_gpu
+@not_interpreted
 def test_in_interpreter() -> None:
     run_interpreted(__file__)
 
